@@ -1,1 +1,37 @@
+"""Train and test language models that stay aligned under pressure, on top of TRL."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._compat import check_versions
+
 __version__ = "0.1.0"
+
+check_versions()
+
+# Looked up on first use: the trainers import TRL, which takes seconds; the threat model and the search do not.
+_WHERE = {
+    "ThreatModel": "threat",
+    "find_perturbation": "inner",
+    "LATSFTConfig": "trainers",
+    "LATSFTTrainer": "trainers",
+}
+
+__all__ = ["LATSFTConfig", "LATSFTTrainer", "ThreatModel", "__version__", "find_perturbation"]
+
+if TYPE_CHECKING:
+    from .inner import find_perturbation
+    from .threat import ThreatModel
+    from .trainers import LATSFTConfig, LATSFTTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

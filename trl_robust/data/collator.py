@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class LATDataCollator:
+    """
+    Collates the wanted completions, and beside them what latent adversarial training adds.
+
+    Args:
+        collator (`Callable`):
+            TRL's collator for rows of `input_ids` and `labels`.
+
+    Returns:
+        On a call, a batch with `input_ids`, `attention_mask`, `labels` of the wanted completions; where the rows have
+        them, the same keys with `away_` in front for the rejected completions, `benign` (a batch of its own), and
+        `last_user_span` of shape `(B, 2)`.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
+        if "away_input_ids" in rows[0]:
+            away = [{"input_ids": row["away_input_ids"], "labels": row["away_labels"]} for row in rows]
+            batch.update({f"away_{key}": value for key, value in self.collator(away).items()})
+        if "benign_input_ids" in rows[0]:
+            batch["benign"] = self.collator(
+                [
+                    {"input_ids": tokens, "labels": labels}
+                    for row in rows
+                    for tokens, labels in zip(row["benign_input_ids"], row["benign_labels"], strict=True)
+                ]
+            )
+        if "last_user_span" in rows[0]:
+            batch["last_user_span"] = torch.tensor([row["last_user_span"] for row in rows])
+        return batch

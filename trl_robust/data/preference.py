@@ -1,0 +1,199 @@
+"""From datasets as users have them to the columns the trainers train on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl.data_utils import maybe_extract_prompt
+
+from .errors import DataError
+
+SHOWN = 5
+"""How many row numbers a message names."""
+
+
+def _rows(numbers: list[int]) -> str:
+    """Row numbers as a message names them, counted from 0."""
+    shown = ", ".join(map(str, numbers[:SHOWN]))
+    return (
+        f"row {shown}"
+        if len(numbers) == 1
+        else f"{len(numbers)} rows ({shown}{', ...' if len(numbers) > SHOWN else ''})"
+    )
+
+
+def _text(value: Any) -> str:
+    """The text of a completion or prompt, plain or conversational."""
+    if isinstance(value, str):
+        return value
+    return " ".join(str(message.get("content") or "") for message in value or [])
+
+
+def as_prompt_completion(dataset: Dataset, name: str, *, needs_rejected: bool = False) -> Dataset:
+    """
+    Brings preference data into prompt-completion form: `chosen` becomes `completion`, `rejected` stays beside it.
+
+    Prompt-completion data and language-modelling data pass unchanged; preference data with the prompt inside the
+    completions has it taken out, as TRL does.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Preference, prompt-completion or language-modelling data, plain or conversational.
+        name (`str`):
+            What messages call it.
+        needs_rejected (`bool`, *optional*, defaults to `False`):
+            Whether rejected completions are required.
+
+    Returns:
+        [`~datasets.Dataset`].
+
+    Raises:
+        [`DataError`]: missing columns, no rows, or empty prompts or completions.
+    """
+    if not isinstance(dataset, Dataset):
+        raise DataError(
+            f"The {name} dataset is a {type(dataset).__name__}; a map-style `datasets.Dataset` is needed, because rows "
+            "are joined. Load it without streaming."
+        )
+    columns = dataset.column_names
+    if "input_ids" in columns:
+        return dataset
+    if len(dataset) == 0:
+        raise DataError(f"The {name} dataset has no rows.")
+    if needs_rejected and not {"chosen", "rejected"} <= set(columns):
+        raise DataError(
+            f"The {name} dataset has the columns {columns}; a targeted attack and the away term need preference data "
+            "with the columns `prompt`, `chosen` and `rejected`. Add them, or use `attack_objective: untargeted` with "
+            "`away_coef: 0`, which needs only `prompt` and `completion`."
+        )
+    if {"chosen", "rejected"} <= set(columns):
+        if "prompt" not in columns:
+            dataset = dataset.map(maybe_extract_prompt, desc=f"Extracting prompts of the {name} dataset")
+        dataset = dataset.rename_column("chosen", "completion")
+    elif not ({"prompt", "completion"} <= set(columns) or {"text"} <= set(columns) or {"messages"} <= set(columns)):
+        raise DataError(
+            f"The {name} dataset has the columns {columns}; `prompt` and `completion` are needed (or `prompt`, "
+            "`chosen`, `rejected`). Rename its columns."
+        )
+    for column in ("prompt", "completion", "rejected"):
+        if column in dataset.column_names:
+            # Of a conversation the last turn counts: a system prompt does not make an empty request a full one.
+            empty = [
+                number
+                for number, value in enumerate(dataset[column])
+                if not _text(value[-1:] if isinstance(value, list) else value).strip()
+            ]
+            if empty:
+                shown = "chosen/completion" if column == "completion" else column
+                raise DataError(
+                    f"The {name} dataset has an empty `{shown}` in {_rows(empty)}. There is nothing to train on "
+                    "there; fill or remove these rows."
+                )
+    return dataset
+
+
+def check_none_lost(before: Dataset, after: Dataset, name: str, max_length: int | None) -> None:
+    """
+    Refuses to go on when preparation dropped rows, which TRL does with prompts that leave no room for a completion.
+
+    Args:
+        before ([`~datasets.Dataset`]):
+            Rows that went in, with a `row` column that numbers them.
+        after ([`~datasets.Dataset`]):
+            Rows that came out.
+        name (`str`):
+            What the message calls the dataset.
+        max_length (`int`, *optional*):
+            Limit in tokens.
+
+    Raises:
+        [`DataError`]: naming the rows that were lost.
+    """
+    lost = sorted(set(before["row"]) - set(after["row"]))
+    if lost:
+        raise DataError(
+            f"The {name} dataset has a prompt longer than the limit in {_rows(lost)}: {max_length} tokens "
+            "(`max_length`) hold no token of the completion. Raise `max_length`, or shorten or remove these rows."
+        )
+
+
+def last_user_span(tokenizer: Any, prompt: list[dict] | str, **template: Any) -> list[int]:
+    """
+    Where the last user turn's text lies in a tokenised prompt.
+
+    The prompt is rendered twice, once with other text in the last user turn; what both share at the start and at the
+    end is not that turn. So no chat template has to be known.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+        prompt (`list[dict]` or `str`):
+            Messages; a plain prompt is one user turn as a whole.
+        template:
+            Passed on to `apply_chat_template`.
+
+    Returns:
+        `list[int]`: index of the turn's first token, and of the one after its last.
+
+    Raises:
+        [`DataError`]: the conversation has no user turn.
+    """
+    if isinstance(prompt, str):
+        return [0, len(tokenizer(prompt)["input_ids"])]
+    users = [number for number, message in enumerate(prompt) if message["role"] == "user"]
+    if not users:
+        raise DataError("`attack_positions: last_user` needs a user turn in every prompt, and one has none.")
+    original = prompt[users[-1]]["content"]
+    # Other text at both ends, so that nothing of the turn is taken for the template.
+    stand_in = ("B" if original[:1] != "B" else "C") + ("Y" if original[-1:] != "Y" else "Z")
+    replaced = [
+        {**message, "content": stand_in} if number == users[-1] else message for number, message in enumerate(prompt)
+    ]
+    rendered = [
+        tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, **template
+        )["input_ids"]
+        for messages in (prompt, replaced)
+    ]
+    ids, others = rendered
+    shortest = min(len(ids), len(others))
+    start = next((i for i in range(shortest) if ids[i] != others[i]), shortest)
+    end = next((i for i in range(shortest - start) if ids[-1 - i] != others[-1 - i]), shortest - start)
+    return [start, len(ids) - end]
+
+
+def join_benign(prepared: Dataset, benign: Dataset, per_example: int, seed: int) -> Dataset:
+    """
+    Gives every row of a prepared dataset its benign rows, so that they are sharded, shuffled and resumed together.
+
+    The benign rows are dealt out in a random order, all of them before any comes a second time, each round in a new
+    order.
+
+    Args:
+        prepared ([`~datasets.Dataset`]):
+            Rows with `input_ids` and `labels`.
+        benign ([`~datasets.Dataset`]):
+            Benign rows with `input_ids` and `labels`.
+        per_example (`int`):
+            Benign rows for every row.
+        seed (`int`):
+            Seed of the order.
+
+    Returns:
+        [`~datasets.Dataset`] with `benign_input_ids` and `benign_labels`, a list of `per_example` rows in each.
+    """
+    needed = len(prepared) * per_example
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(len(benign), generator=generator) for _ in range(-(-needed // len(benign)))]
+    order = torch.cat(rounds)[:needed].view(len(prepared), per_example).tolist()
+    tokens, labels = benign["input_ids"][:], benign["labels"][:]
+
+    def deal(row: dict, index: int) -> dict:
+        return {
+            "benign_input_ids": [tokens[number] for number in order[index]],
+            "benign_labels": [labels[number] for number in order[index]],
+        }
+
+    return prepared.map(deal, with_indices=True, desc="Joining benign rows")

@@ -1,0 +1,88 @@
+"""Which tokens of a row an adversary may perturb.
+
+Positions are counted in *ranks*: the rank of a token is the number of real (not padding) tokens before it in its row.
+So a perturbation found on a right-padded batch means the same on a left-padded one, and the prompt shared by two
+completions has the same ranks in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+
+Positions = Literal["prompt", "completion", "all", "last_user"]
+
+
+def ranks(attention_mask: torch.Tensor) -> torch.Tensor:
+    """
+    Rank of every token among the real tokens of its row.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(B, T)`):
+            1 at real tokens, 0 at padding.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, int64; meaningless (but not negative) at padding.
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def selected_tokens(batch: Mapping[str, torch.Tensor], positions: Positions) -> torch.Tensor:
+    """
+    Tokens that an adversary may perturb.
+
+    The prompt is what comes before the first token with a label (the only place where that rule stands). In a
+    dialogue with several trained turns it is therefore what comes before the first of them.
+
+    Args:
+        batch (`Mapping[str, torch.Tensor]`):
+            `attention_mask` and `labels` (or `completion_mask`), each of shape `(B, T)`; for `"last_user"` also
+            `last_user_span` of shape `(B, 2)`: ranks of its first token and of the one after its last.
+        positions (`str`):
+            `"prompt"`, `"completion"` (tokens with a label), `"all"` (every real token), or `"last_user"`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, bool.
+
+    Raises:
+        `ValueError`: unknown `positions`, or `"last_user"` without `last_user_span`.
+    """
+    if positions not in get_args(Positions):
+        raise ValueError(f"`positions` is {positions!r}; choose one of {list(get_args(Positions))}.")
+    real = batch["attention_mask"].bool()
+    if positions == "all":
+        return real
+    if positions == "last_user":
+        if "last_user_span" not in batch:
+            raise ValueError(
+                "`positions='last_user'` needs `last_user_span` in the batch: the ranks of the last user turn's first "
+                "token and of the token after its last. The trainers add it to conversational data."
+            )
+        rank, span = ranks(batch["attention_mask"]), batch["last_user_span"]
+        return real & (rank >= span[:, :1]) & (rank < span[:, 1:])
+    labelled = batch["completion_mask"].bool() if "completion_mask" in batch else batch["labels"] != -100
+    if positions == "completion":
+        return real & labelled
+    return real & (labelled.cumsum(-1) == 0)
+
+
+def selected_ranks(batch: Mapping[str, torch.Tensor], positions: Positions) -> torch.Tensor:
+    """
+    Ranks that an adversary may perturb, row by row: [`selected_tokens`] with the padding taken out.
+
+    Args:
+        batch (`Mapping[str, torch.Tensor]`):
+            As in [`selected_tokens`].
+        positions (`str`):
+            As in [`selected_tokens`].
+
+    Returns:
+        `torch.Tensor` of shape `(B, P)`, bool, where `P - 1` is the largest selected rank of the batch.
+    """
+    selected = selected_tokens(batch, positions)
+    rank = ranks(batch["attention_mask"])
+    by_rank = torch.zeros_like(selected, dtype=torch.long).scatter_add(1, rank, selected.long()) > 0
+    width = int(by_rank.any(0).nonzero().max()) + 1 if by_rank.any() else 0
+    return by_rank[:, :width]

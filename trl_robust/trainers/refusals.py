@@ -1,0 +1,71 @@
+"""Settings of TRL that a perturbed training step cannot honour. Each is refused with what to do instead."""
+
+from __future__ import annotations
+
+from torch import nn
+from trl import SFTConfig
+
+
+def unsupported_settings(args: SFTConfig) -> list[str]:
+    """
+    Settings that would silently change or remove the attack.
+
+    Args:
+        args ([`~trl.SFTConfig`]):
+            Training arguments.
+
+    Returns:
+        `list[str]`: one sentence for each such setting.
+    """
+    problems = []
+    if args.packing or args.eval_packing:
+        problems.append(
+            "`packing` puts several examples into one row, so a perturbation could not tell whose prompt it changes. "
+            "Set `packing: false`."
+        )
+    if args.padding_free:
+        problems.append("`padding_free` puts several examples into one row. Set `padding_free: false`.")
+    if args.torch_compile:
+        problems.append(
+            "`torch_compile` ignores hooks that are added after the first call, and with them every perturbation. "
+            "Set `torch_compile: false`."
+        )
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if isinstance(given := getattr(args, name, None), dict) and given.get("use_reentrant"):
+            problems.append(
+                f"`{name}: {{use_reentrant: true}}` cannot give the gradient of a perturbation (torch refuses "
+                "`autograd.grad` there). Set `use_reentrant: false`."
+            )
+            break
+    if args.use_liger_kernel:
+        problems.append("`use_liger_kernel` replaces the loss that the attack uses. Set `use_liger_kernel: false`.")
+    if args.truncation_mode == "keep_end":
+        problems.append("`truncation_mode: keep_end` cuts the prompts that are attacked. Use `keep_start`.")
+    if args.deepspeed:
+        problems.append("`deepspeed` is not supported. Use one GPU, or several with `accelerate launch` (DDP).")
+    if args.fsdp:
+        problems.append("`fsdp` is not supported. Use one GPU, or several with `accelerate launch` (DDP).")
+    if args.label_smoothing_factor:
+        problems.append("`label_smoothing_factor` changes only one of the losses. Set it to 0.")
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        problems.append("`skip_prepare_dataset` would leave rejected and benign rows out. Remove it.")
+    return problems
+
+
+def check_model(model: nn.Module) -> None:
+    """
+    Refuses adapters that shift the positions of tokens.
+
+    Args:
+        model (`nn.Module`):
+            The model, outside distributed wrappers.
+
+    Raises:
+        `ValueError`: the model has a prompt-learning adapter.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"Adapter {name!r} is a prompt-learning adapter ({config.peft_type}): its virtual tokens shift the "
+                "positions that an attack perturbs. Use LoRA or another adapter that keeps positions."
+            )
