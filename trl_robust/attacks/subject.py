@@ -1,0 +1,249 @@
+"""The model under attack, and how it is made to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import track
+from torch import nn
+
+from .._compat import keep_4bit_differentiable
+from ..inner import Perturbation
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class AttackRow:
+    """
+    One request.
+
+    Args:
+        id (`str`):
+            Name of the row.
+        prompt (`str` or `list[dict]`):
+            The request, plain or as messages that end with a user turn.
+        target (`str`, *optional*):
+            The opening that an attack tries to bring out ("Sure, here is"). It must not contain the answer.
+        answer (`str`, *optional*):
+            What a response has to state for the attack to have succeeded, for the exact judge.
+    """
+
+    id: str
+    prompt: Prompt
+    target: str | None = None
+    answer: str | None = None
+
+
+@dataclass
+class Generation:
+    """
+    What became of one request under one attack.
+
+    Args:
+        row ([`AttackRow`]):
+            The request.
+        prompt (`str`):
+            What the model was given, as text.
+        response (`str`, *optional*):
+            What it answered; with a prefilled answer, the prefill and what follows it.
+        status (`str`, *optional*, defaults to `"generated"`):
+            `"generated"`, `"errored"` or `"skipped"`; a judge turns the first into `"scored"`.
+        reason (`str`, *optional*):
+            Why it errored or was skipped.
+    """
+
+    row: AttackRow
+    prompt: str
+    response: str | None = None
+    status: Literal["generated", "scored", "errored", "skipped"] = "generated"
+    reason: str | None = None
+
+
+@dataclass
+class Subject:
+    """
+    A model under attack.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model, in evaluation mode.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        max_new_tokens (`int`, *optional*, defaults to `64`):
+            Length of an answer.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Requests at a time.
+        max_prompt_tokens (`int`, *optional*, defaults to `1024`):
+            Requests longer than this are skipped, with that reason.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show progress bars.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    max_new_tokens: int = 64
+    batch_size: int = 16
+    max_prompt_tokens: int = 1024
+    progress: bool = True
+
+    @classmethod
+    def load(cls, path: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False, **settings: Any) -> Subject:
+        """
+        Loads a model, or an adapter with its base model, from a folder or the hub.
+
+        Args:
+            path (`str` or `Path`):
+                Model or adapter.
+            dtype (`str`, *optional*, defaults to `"auto"`):
+                Weight dtype.
+            trust_remote_code (`bool`, *optional*, defaults to `False`):
+                Whether the model's own code may run.
+            **settings:
+                The other arguments of [`Subject`].
+
+        Returns:
+            [`Subject`].
+        """
+        from peft import AutoPeftModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        loader = AutoPeftModelForCausalLM if (Path(path) / "adapter_config.json").is_file() else AutoModelForCausalLM
+        model = loader.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        if not getattr(model, "hf_device_map", None) and torch.cuda.is_available():
+            model = model.to("cuda")
+        if model.device.type == "cpu":
+            keep_4bit_differentiable(model)
+        return cls(model.eval(), tokenizer, **settings)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the embedding, where tokens go in."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def pad_token_id(self) -> int:
+        """Padding token, or the end-of-sequence token for tokenizers without one. It is masked either way."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    def encode(self, prompt: Prompt, opening: str = "") -> list[int]:
+        """
+        Tokens of a request, ready for an answer, and of the answer's opening.
+
+        A plain prompt is wrapped as one user turn where the tokenizer has a chat template.
+
+        Args:
+            prompt (`str` or `list[dict]`):
+                The request.
+            opening (`str`, *optional*):
+                First words of the answer, put into the model's mouth.
+
+        Returns:
+            `list[int]`.
+        """
+        if isinstance(prompt, str) and self.tokenizer.chat_template:
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str):
+            tokens = list(self.tokenizer(prompt)["input_ids"])
+        else:
+            rendered = self.tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+            tokens = list(rendered["input_ids"])
+        return tokens + self.encode_opening(opening)
+
+    def encode_opening(self, opening: str) -> list[int]:
+        """Tokens of the first words of an answer, without special tokens."""
+        return list(self.tokenizer(opening, add_special_tokens=False)["input_ids"]) if opening else []
+
+    def pad(self, rows: Sequence[list[int]], side: Literal["left", "right"], value: int | None = None) -> torch.Tensor:
+        """Rows of tokens as one tensor of shape `(B, T)`, padded with `value` (the padding token)."""
+        filler = self.pad_token_id if value is None else value
+        width = max(map(len, rows))
+        padded = [
+            [filler] * (width - len(row)) + row if side == "left" else row + [filler] * (width - len(row)) for row in rows
+        ]
+        return torch.tensor(padded, device=self.device)
+
+    def answer(
+        self,
+        rows: Sequence[AttackRow],
+        description: str,
+        *,
+        prompt_of: Callable[[AttackRow], Prompt] = lambda row: row.prompt,
+        opening_of: Callable[[AttackRow], str] = lambda row: "",
+        needs_target: bool = False,
+        perturb: Callable[[Sequence[AttackRow]], Perturbation] | None = None,
+    ) -> list[Generation]:
+        """
+        Has the model answer requests, batch by batch, greedily.
+
+        Every request comes back: answered, skipped (too long, or without the target that the attack needs) or
+        errored, with the reason. A failing batch does not stop the others.
+
+        Args:
+            rows (sequence of [`AttackRow`]):
+                Requests.
+            description (`str`):
+                What the progress bar says.
+            prompt_of (`Callable`, *optional*):
+                What the model is asked, instead of the row's prompt.
+            opening_of (`Callable`, *optional*):
+                What is put into its mouth.
+            needs_target (`bool`, *optional*, defaults to `False`):
+                Whether rows without a target are skipped.
+            perturb (`Callable`, *optional*):
+                Gives the perturbation under which a batch of rows is answered.
+
+        Returns:
+            `list` of [`Generation`], in the order of `rows`.
+        """
+        found, waiting = [], []
+        for row in rows:
+            prompt, opening = prompt_of(row), opening_of(row)
+            generation = Generation(row, prompt if isinstance(prompt, str) else prompt[-1]["content"])
+            found.append(generation)
+            if needs_target and not row.target:
+                generation.status, generation.reason = "skipped", "the row has no target"
+                continue
+            tokens = self.encode(prompt, opening)
+            if len(tokens) > self.max_prompt_tokens:
+                generation.status = "skipped"
+                generation.reason = f"{len(tokens)} tokens are over the limit of {self.max_prompt_tokens}"
+            else:
+                waiting.append((generation, tokens, opening))
+        starts = range(0, len(waiting), self.batch_size)
+        for start in track(starts, description, disable=not self.progress, transient=True):
+            batch = waiting[start : start + self.batch_size]
+            try:
+                perturbation = perturb([generation.row for generation, _, _ in batch]) if perturb else None
+                texts = self._generate([tokens for _, tokens, _ in batch], perturbation)
+            except (RuntimeError, ValueError, FloatingPointError) as error:
+                # Out of memory and numerical failures of one batch; they are counted, never taken for safety.
+                for generation, _, _ in batch:
+                    generation.status, generation.reason = "errored", f"{type(error).__name__}: {error}"
+                continue
+            for (generation, _, opening), text in zip(batch, texts, strict=True):
+                generation.response = f"{opening} {text}".strip() if opening else text
+        return found
+
+    @torch.no_grad()
+    def _generate(self, rows: list[list[int]], perturbation: Perturbation | None) -> list[str]:
+        tokens = self.pad(rows, "left")
+        mask = self.pad([[1] * len(row) for row in rows], "left", 0)
+        with perturbation.installed(self.model) if perturbation is not None else nullcontext():
+            output = self.model.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.pad_token_id,
+            )
+        return self.tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
