@@ -1,0 +1,282 @@
+"""`trl-robust attack`: one attack on one model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..attacks import Attack, AttackRow
+
+ATTACKS = ("direct", "template", "prefill", "latent", "embedding", "finetune")
+
+
+@dataclass
+class AttackArguments:
+    """
+    Arguments of `trl-robust attack`. A key that an attack does not have is refused, not ignored.
+
+    Args:
+        model (`str`):
+            Model or adapter to attack: a folder or a hub id.
+        attack (`str`):
+            `direct` (none), `template`, `prefill`, `latent`, `embedding` or `finetune`.
+        data (`str`):
+            Requests: a dataset with a `prompt` column, and with `target` (the opening that prefill, latent and
+            embedding attacks bring out) and `answer` (what a successful response states) where there are such.
+        data_split (`str`, *optional*, defaults to `"train"`):
+            Its split.
+        prompt_column, target_column, answer_column (`str`, *optional*):
+            Names of these columns.
+        max_rows (`int`, *optional*):
+            Attack only the first rows.
+        output_dir (`str`, *optional*, defaults to `"attack-results"`):
+            Where results and report go.
+        judge (`str`, *optional*, defaults to `"auto"`):
+            `exact` (the response states the answer), `refusal_prefix` (the response does not begin as refusals do; a
+            weak judge), or `auto`: exact where every row has an answer.
+        templates (`str`, *optional*):
+            For `template`: a text file, one wrapper a line, with the mark `{prompt}`.
+        attack_* (*optional*):
+            For `latent` and `embedding`: sites, stream, positions, norm, radius, radius_unit, ball, steps,
+            learning_rate, optimizer, objective (`targeted` or `random`), as in a training recipe.
+        finetune_data (`str`, *optional*):
+            For `finetune`: a dataset of `prompt` and `completion`, about other requests than `data`.
+        finetune_steps, finetune_learning_rate, finetune_batch_size (*optional*):
+            For `finetune`.
+        max_new_tokens, batch_size, max_prompt_tokens (`int`, *optional*):
+            Of the generation.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Weight dtype.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether the model's own code may run.
+        show_generations (`bool`, *optional*, defaults to `False`):
+            Whether the report shows responses. They stand in `generations.jsonl` either way.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of what is random in an attack.
+    """
+
+    model: str | None = field(default=None, metadata={"help": "Model or adapter to attack: a folder or a hub id."})
+    attack: str | None = field(default=None, metadata={"help": "Which attack.", "choices": list(ATTACKS)})
+    data: str | None = field(default=None, metadata={"help": "Requests: a file, a folder or a hub id."})
+    data_split: str = field(default="train", metadata={"help": "Split of the requests."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with the requests."})
+    target_column: str = field(default="target", metadata={"help": "Column with the openings to bring out."})
+    answer_column: str = field(default="answer", metadata={"help": "Column with the answers to look for."})
+    max_rows: int | None = field(default=None, metadata={"help": "Attack only the first rows."})
+    output_dir: str = field(default="attack-results", metadata={"help": "Where results and report go."})
+    judge: str = field(default="auto", metadata={"help": "Who judges.", "choices": ["auto", "exact", "refusal_prefix"]})
+    templates: str | None = field(default=None, metadata={"help": "template: file with one wrapper a line."})
+    attack_sites: list[str] | None = field(default=None, metadata={"help": "latent, embedding: where."})
+    attack_stream: str | None = field(default=None, metadata={"help": "latent, embedding: layer or mlp."})
+    attack_positions: str | None = field(default=None, metadata={"help": "latent, embedding: which tokens."})
+    attack_norm: str | None = field(default=None, metadata={"help": "latent, embedding: l1, l2 or linf."})
+    attack_radius: float | None = field(default=None, metadata={"help": "latent, embedding: radius."})
+    attack_radius_unit: str | None = field(default=None, metadata={"help": "latent, embedding: relative or absolute."})
+    attack_ball: str | None = field(default=None, metadata={"help": "latent, embedding: token or sequence."})
+    attack_steps: int | None = field(default=None, metadata={"help": "latent, embedding: steps of the search."})
+    attack_learning_rate: float | None = field(default=None, metadata={"help": "latent, embedding: of adamw."})
+    attack_optimizer: str | None = field(default=None, metadata={"help": "latent, embedding: steepest or adamw."})
+    attack_objective: str | None = field(default=None, metadata={"help": "latent, embedding: targeted or random."})
+    finetune_data: str | None = field(default=None, metadata={"help": "finetune: prompt-completion rows."})
+    finetune_steps: int | None = field(default=None, metadata={"help": "finetune: optimiser steps."})
+    finetune_learning_rate: float | None = field(default=None, metadata={"help": "finetune: learning rate."})
+    finetune_batch_size: int | None = field(default=None, metadata={"help": "finetune: examples in a step."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Length of an answer in tokens."})
+    batch_size: int = field(default=16, metadata={"help": "Requests at a time."})
+    max_prompt_tokens: int = field(default=1024, metadata={"help": "Longer requests are skipped."})
+    dtype: str = field(default="auto", metadata={"help": "Weight dtype, such as bfloat16."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether the model's own code may run."})
+    show_generations: bool = field(default=False, metadata={"help": "Whether the report shows responses."})
+    seed: int = field(default=0, metadata={"help": "Seed of what is random in an attack."})
+
+    def __post_init__(self) -> None:
+        if problems := self.faults():
+            raise ValueError("\n".join(problems))
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the arguments, one sentence each."""
+        problems = [
+            f"`{name}` is missing; {what}."
+            for name, what in (
+                ("model", "name a model folder or hub id"),
+                ("attack", f"choose one of {list(ATTACKS)}"),
+                ("data", "name a dataset of requests"),
+            )
+            if getattr(self, name) is None
+        ]
+        owners = {"attack_": ("latent", "embedding"), "finetune_": ("finetune",), "templates": ("template",)}
+        for prefix, attacks in owners.items():
+            given = [name for name in self._given() if name.startswith(prefix)]
+            if given and self.attack is not None and self.attack not in attacks:
+                problems.append(f"{given} belong to the attacks {list(attacks)}, not to {self.attack!r}; remove them.")
+        if self.attack == "finetune" and self.finetune_data is None:
+            problems.append("`finetune_data` is missing; name a dataset of `prompt` and `completion` to fine-tune on.")
+        for name in ("max_rows", "max_new_tokens", "batch_size", "max_prompt_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                problems.append(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        for name in ("finetune_steps", "attack_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                problems.append(f"`{name}` is {getattr(self, name)}; it must be at least 0.")
+        return problems
+
+    def _given(self) -> dict[str, Any]:
+        """Settings of an attack that were given, by the name of the argument."""
+        return {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name.startswith(("attack_", "finetune_", "templates")) and getattr(self, name) is not None
+        }
+
+
+def main(argv: list[str]) -> int:
+    from ..data.loading import load_rows
+    from ..recipes import RecipeError, load_arguments
+    from .quiet import quiet
+
+    args: AttackArguments = load_arguments(AttackArguments, argv, prog="trl-robust attack")
+    with quiet():
+        rows = attack_rows(args, load_rows(args.data, split=args.data_split))
+        try:
+            attack = build_attack(args)
+            if hasattr(attack, "threat"):
+                attack.threat  # noqa: B018  (validates the sites, the norm and the radius)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+        run(args, attack, rows)
+    return 0
+
+
+def attack_rows(args: AttackArguments, dataset: Any) -> list[AttackRow]:
+    """
+    Requests of a dataset.
+
+    Args:
+        args ([`AttackArguments`]):
+            Names of the columns.
+        dataset ([`~datasets.Dataset`]):
+            The dataset.
+
+    Returns:
+        `list` of [`~trl_robust.attacks.AttackRow`].
+
+    Raises:
+        [`~trl_robust.data.DataError`]: a column that was named is not there.
+    """
+    from ..attacks import AttackRow
+    from ..data import DataError
+
+    columns = {"prompt": args.prompt_column, "target": args.target_column, "answer": args.answer_column}
+    for name, column in columns.items():
+        asked_for = column != name or name == "prompt"
+        if asked_for and column not in dataset.column_names:
+            raise DataError(
+                f"{args.data} has no column {column!r} but {dataset.column_names}. Name the right one with "
+                f"`--{name}_column`."
+            )
+    if args.max_rows is not None:
+        dataset = dataset.select(range(min(args.max_rows, len(dataset))))
+    return [
+        AttackRow(str(row.get("id", number)), row[columns["prompt"]], row.get(columns["target"]), row.get(columns["answer"]))
+        for number, row in enumerate(dataset)
+    ]
+
+
+def build_attack(args: AttackArguments) -> Attack:
+    """
+    The attack that the arguments describe; what is not given keeps the attack's own default.
+
+    Args:
+        args ([`AttackArguments`]):
+            Arguments.
+
+    Returns:
+        An attack.
+
+    Raises:
+        `ValueError`: settings that the attack refuses.
+        [`~trl_robust.data.DataError`]: files that are not there.
+    """
+    from ..attacks import Direct, Embedding, Finetune, Latent, Prefill, Template
+    from ..data import DataError
+    from ..data.loading import load_rows
+
+    given = {name.split("_", 1)[-1]: value for name, value in args._given().items()}
+    if args.attack == "template":
+        if args.templates is None:
+            return Template()
+        if not Path(args.templates).is_file():
+            raise DataError(f"There is no file {args.templates} (`templates`).")
+        lines = Path(args.templates).read_text(encoding="utf-8").splitlines()
+        return Template(tuple(line for line in lines if line.strip()))
+    if args.attack in ("latent", "embedding"):
+        if "sites" in given:
+            given["sites"] = tuple(given["sites"])
+        return {"latent": Latent, "embedding": Embedding}[args.attack](**given, seed=args.seed)
+    if args.attack == "finetune":
+        dataset = load_rows(str(given.pop("data")))
+        if not {"prompt", "completion"} <= set(dataset.column_names):
+            raise DataError(f"{args.finetune_data} has {dataset.column_names}; `prompt` and `completion` are needed.")
+        return Finetune(list(dataset), **given, seed=args.seed)
+    return Direct() if args.attack == "direct" else Prefill()
+
+
+def run(args: AttackArguments, attack: Attack, rows: list[AttackRow]) -> dict[str, Any]:
+    """
+    Loads the model, attacks it, writes the files of an evaluation and prints the outcome.
+
+    Args:
+        args ([`AttackArguments`]):
+            Arguments.
+        attack ([`~trl_robust.attacks.Attack`]):
+            The attack.
+        rows (`list` of [`~trl_robust.attacks.AttackRow`]):
+            Requests.
+
+    Returns:
+        `dict`: what stands in `results.json`.
+    """
+    from rich.console import Console
+
+    from ..attacks import Subject
+    from ..evaluation import run_attack, write_results
+    from ..report import results_table, write_report
+
+    judge = args.judge
+    if judge == "auto":
+        judge = "exact" if all(row.answer for row in rows) else "refusal_prefix"
+    subject = Subject.load(
+        args.model,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        max_prompt_tokens=args.max_prompt_tokens,
+        progress=sys.stderr.isatty(),
+    )
+    entry, generations = run_attack(subject, attack, rows, judge)
+    results = write_results(
+        args.output_dir,
+        [{"name": str(args.model), "attacks": [entry]}],
+        [{"model": str(args.model), **row} for row in generations],
+        seed=args.seed,
+    )
+    page = write_report(args.output_dir, show_generations=args.show_generations)
+    console = Console()
+    console.print(results_table(results))
+    console.print(f"{entry['n_scored']} scored, {entry['n_errored']} errored, {entry['n_skipped']} skipped; judge: {judge}")
+    reasons = {row["reason"] for row in generations if row["reason"]}
+    for reason in sorted(reasons)[:5]:
+        console.print(f"  {reason}", markup=False)
+    if judge == "refusal_prefix":
+        console.print("This judge only looks at the first words: gibberish counts as success, a late refusal as well.")
+    console.print(f"Report: {page}")
+    return results
+
+
+if __name__ == "__main__":
+    from ..cli import main as cli_main
+
+    sys.exit(cli_main(["attack", *sys.argv[1:]]))
