@@ -92,9 +92,7 @@ def naive(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], sites: list, 
 
 def plain_step(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> None:
     """Forward and backward pass of supervised fine-tuning on the toward completions."""
-    model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
-    ).loss.backward()
+    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
     model.zero_grad()
 
 
@@ -160,7 +158,9 @@ def main() -> None:
 
         found, expected = ours(), straight()
         difference = max((found[site] - expected[site]).abs().max().item() for site in sites)
-        seconds = measure({"naive": straight, "ours": ours, "plain": lambda: plain_step(model, batch)}, args.repeats, args.device)
+        seconds = measure(
+            {"naive": straight, "ours": ours, "plain": lambda: plain_step(model, batch)}, args.repeats, args.device
+        )
         row = {
             "sites": name,
             "ours_over_naive": round(seconds["ours"] / seconds["naive"], 3),

@@ -11,6 +11,7 @@ import inspect
 import os
 import warnings
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,7 +83,7 @@ def _layer_hook_fires_once() -> bool:
 
     from torch.utils.checkpoint import checkpoint
 
-    layer = Layer().train()
+    layer: Any = Layer().train()
     layer.gradient_checkpointing = True
     layer._gradient_checkpointing_func = lambda function, *args: checkpoint(function, *args, use_reentrant=False)
     calls = []
@@ -153,6 +154,7 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
         model (`nn.Module`):
             Model whose `Linear4bit` layers are to stay differentiable.
     """
+    flag = "support_avx512bf16_for_cpu"
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, flag):
+            setattr(module, flag, False)

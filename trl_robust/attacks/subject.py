@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from rich.progress import track
-from torch import nn
 
 from .._compat import keep_4bit_differentiable
 from ..inner import Perturbation
@@ -85,7 +84,7 @@ class Subject:
             Whether to show progress bars.
     """
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     max_new_tokens: int = 64
     batch_size: int = 16
@@ -93,7 +92,9 @@ class Subject:
     progress: bool = True
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False, **settings: Any) -> Subject:
+    def load(
+        cls, path: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False, **settings: Any
+    ) -> Subject:
         """
         Loads a model, or an adapter with its base model, from a folder or the hub.
 
@@ -113,11 +114,11 @@ class Subject:
         from peft import AutoPeftModelForCausalLM
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        loader = AutoPeftModelForCausalLM if (Path(path) / "adapter_config.json").is_file() else AutoModelForCausalLM
+        loader: Any = AutoPeftModelForCausalLM if (Path(path) / "adapter_config.json").is_file() else AutoModelForCausalLM
         model = loader.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         if not getattr(model, "hf_device_map", None) and torch.cuda.is_available():
-            model = model.to("cuda")
+            model.to("cuda")
         if model.device.type == "cpu":
             keep_4bit_differentiable(model)
         return cls(model.eval(), tokenizer, **settings)
@@ -168,7 +169,8 @@ class Subject:
         filler = self.pad_token_id if value is None else value
         width = max(map(len, rows))
         padded = [
-            [filler] * (width - len(row)) + row if side == "left" else row + [filler] * (width - len(row)) for row in rows
+            [filler] * (width - len(row)) + row if side == "left" else row + [filler] * (width - len(row))
+            for row in rows
         ]
         return torch.tensor(padded, device=self.device)
 

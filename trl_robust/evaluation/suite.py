@@ -160,7 +160,7 @@ def write_results(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    measured = {"utility": {}, "over_refusal": {}, "coherence": {}, "factor_of_safety": []}
+    measured: dict[str, Any] = {"utility": {}, "over_refusal": {}, "coherence": {}, "factor_of_safety": []}
     results = {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

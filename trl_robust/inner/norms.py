@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from .injection import attack_mode
 
 
 def median_norms(
-    model: nn.Module, batches: list[Mapping[str, torch.Tensor]], threat: ThreatModel
+    model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], threat: ThreatModel
 ) -> dict[Site, float]:
     """
     Median L2 norm of the unperturbed hidden states at the sites of a threat, over the tokens that may be perturbed.
@@ -23,7 +23,7 @@ def median_norms(
     Args:
         model (`nn.Module`):
             The model, outside distributed wrappers.
-        batches (`list[Mapping[str, torch.Tensor]]`):
+        batches (sequence of `Mapping[str, torch.Tensor]`):
             Batches with `input_ids`, `attention_mask` and `labels`.
         threat ([`ThreatModel`]):
             Sites, stream and positions.

@@ -13,7 +13,7 @@ from ..objectives import LabelLogits, away, label_logits, toward
 from ..threat.balls import Ball, Norm, boundary_fraction, project, random_point, steepest, vector_norms
 from ..threat.model import ThreatModel
 from ..threat.positions import selected_ranks
-from ..threat.sites import Site
+from ..threat.sites import Site, base_model
 from .injection import CachedPrefix, Perturbation, attack_mode
 from .norms import median_norms
 
@@ -22,7 +22,7 @@ Optimizer = Literal["adamw", "steepest"]
 Init = Literal["zero", "random"]
 
 STEEPEST_REACH = 2.5
-"""A steepest-direction step is this times radius / steps long, so that the boundary is always in reach (lat.md 2.4)."""
+"""A steepest-direction step is this times radius / steps long, so that the boundary is in reach (lat.md 2.4)."""
 
 
 class _Ball(TypedDict):
@@ -157,8 +157,7 @@ class _Search:
     ) -> None:
         self.model, self.threat, self.selected = model, threat, selected
         self.sites = threat.resolve_sites(model)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.shape = (*selected.shape, base.config.get_text_config().hidden_size)
+        self.shape = (*selected.shape, base_model(model).config.get_text_config().hidden_size)
         self.ball: _Ball = {"norm": threat.norm, "ball": threat.ball, "mask": selected}
         deltas = {site: torch.zeros(self.shape, device=device, requires_grad=True) for site in self.sites}
         self.perturbation = Perturbation(deltas, selected, threat.stream)
@@ -216,7 +215,11 @@ class _Search:
     def loss(self) -> torch.Tensor:
         """The attack's loss as it stands: mean over rows, a scalar."""
         with torch.no_grad():
-            return torch.stack([self._row_losses(*share).sum() for share in self.shares]).sum() / self.shape[0]
+            losses = []
+            for share in self.shares:
+                with self.perturbation.installed(self.model):
+                    losses.append(self._row_losses(*share).sum())
+            return torch.stack(losses).sum() / self.shape[0]
 
     def loss_and_gradients(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The attack's loss, and the gradient of its sum over rows in every delta."""
@@ -224,8 +227,11 @@ class _Search:
         gradients = [torch.zeros_like(delta) for delta in self.deltas.values()]
         # Share by share: only one graph lives at a time, and a recomputed region meets the ranks of its own pass.
         for share, weight, is_away in self.shares:
-            loss = self._row_losses(share, weight, is_away).sum()
-            for gradient, part in zip(gradients, torch.autograd.grad(loss, list(self.deltas.values())), strict=True):
+            # Installed until the backward pass is done: under checkpointing an MLP's hook has to run again there.
+            with self.perturbation.installed(self.model):
+                loss = self._row_losses(share, weight, is_away).sum()
+                parts = torch.autograd.grad(loss, list(self.deltas.values()))
+            for gradient, part in zip(gradients, parts, strict=True):
                 gradient.add_(part)
             self.passes += self.shape[0] * share.prefix.share_run  # back to the perturbation, not below it
             total += loss.detach()
@@ -238,8 +244,7 @@ class _Search:
 
     def _row_losses(self, share: _Share, weight: float, is_away: bool) -> torch.Tensor:
         self.passes += self.shape[0] * share.prefix.share_run
-        with self.perturbation.installed(self.model):
-            found = share.logits(self.model)
+        found = share.logits(self.model)
         values = (away if is_away else toward)(found.logits, found.targets)
         return weight * found.row_means(values)
 

@@ -208,10 +208,8 @@ def random_point(
     _check(norm, radius, ball)
     batch, tokens, hidden = shape
     rows = (batch, tokens, hidden)
-    if mask is None:
-        selected = torch.ones(batch, tokens, 1)
-    else:
-        selected = mask.detach().to("cpu", torch.float32).unsqueeze(-1)
+    every = torch.ones(batch, tokens) if mask is None else mask.detach().to("cpu", torch.float32)
+    selected = every.unsqueeze(-1)
     # Dimension of every vector: what a sequence leaves unselected does not count.
     dimension = selected.sum(1, keepdim=True) * hidden if ball == "sequence" else torch.tensor(float(hidden))
     along = (-2, -1) if ball == "sequence" else (-1,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,6 +20,20 @@ class UnsupportedModelError(TypeError):
     """The model has no recognisable stack of decoder layers, or no MLP in them."""
 
 
+def base_model(model: Any) -> Any:
+    """
+    The causal language model below a PEFT wrapper, or the model itself.
+
+    Args:
+        model (`nn.Module`):
+            A transformers model or a `PeftModel`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`].
+    """
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def decoder(model: nn.Module) -> nn.Module:
     """
     The module that holds the decoder layers, below any PEFT wrapper and any vision tower.
@@ -34,7 +48,7 @@ def decoder(model: nn.Module) -> nn.Module:
     Raises:
         `UnsupportedModelError`: the model offers no `get_decoder`.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     if not hasattr(base, "get_decoder") or not hasattr(base, "config"):
         raise UnsupportedModelError(
             f"{type(base).__name__} is not a transformers causal language model. Pass the model as "
@@ -62,7 +76,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     stack = decoder(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     depth = base.config.get_text_config().num_hidden_layers
     found = [
         module
@@ -146,7 +160,7 @@ def resolve_sites(sites: Sequence[str | int | float], num_layers: int) -> tuple[
     return tuple(sorted(set(resolved), key=lambda site: -1 if isinstance(site, str) else site))
 
 
-def mlp_of(layer: nn.Module) -> nn.Module:
+def mlp_of(layer: Any) -> nn.Module:
     """
     The MLP of a decoder layer.
 

@@ -89,6 +89,11 @@ class LATSFTTrainer(SFTTrainer):
     ```
     """
 
+    args: LATSFTConfig
+    model: Any  # the base classes allow None and streams here, before and where we do not
+    train_dataset: Any
+    _signature_columns: Any
+
     _tag_names = ["trl", "trl-robust", "lat", "sft"]
     _name = "LAT-SFT"
     _paper = {
@@ -98,7 +103,7 @@ class LATSFTTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: Any,
         args: LATSFTConfig | None = None,
         data_collator: Callable | None = None,
         train_dataset: Dataset | None = None,
@@ -460,7 +465,7 @@ class LATSFTTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
-        card = Path(self.args.output_dir) / "README.md"
+        card = Path(str(self.args.output_dir)) / "README.md"
         if self.is_world_process_zero() and card.is_file():
             card.write_text(
                 card.read_text(encoding="utf-8") + threat_section(self.args, self.threat), encoding="utf-8"
@@ -509,7 +514,7 @@ def threat_section(args: LATSFTConfig, threat: ThreatModel) -> str:
         )
     weights = ", ".join(f"{name} {getattr(args, f'{name}_coef'):g}" for name in ("toward", "away", "sft", "kl"))
     return (
-        f"\n## Threat model\n\nTrained with [trl-robust](https://pypi.org/project/trl-robust). {attack} Weights of the "
-        f"loss: {weights}; {args.updates_per_attack} update(s) an attack.\n\nA model that withstands these "
+        f"\n## Threat model\n\nTrained with [trl-robust](https://pypi.org/project/trl-robust). {attack} Weights of "
+        f"the loss: {weights}; {args.updates_per_attack} update(s) an attack.\n\nA model that withstands these "
         "perturbations has been tested against these perturbations. Attacks of another kind may still succeed.\n"
     )

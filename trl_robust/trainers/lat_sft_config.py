@@ -83,40 +83,40 @@ class LATSFTConfig(SFTConfig):
         default_factory=lambda: ["0.25", "0.5", "0.75", "0.94"],
         metadata={"help": "Where hidden states are perturbed: `embedding`, layer indices, or fractions of the depth."},
     )
-    attack_stream: str = field(
+    attack_stream: Stream = field(
         default="layer",
         metadata={"help": "Residual stream after the layer, or output of its MLP.", "choices": list(get_args(Stream))},
     )
-    attack_positions: str = field(
+    attack_positions: Positions = field(
         default="prompt",
         metadata={"help": "Which tokens are perturbed.", "choices": list(get_args(Positions))},
     )
-    attack_norm: str = field(default="l2", metadata={"help": "Norm of the ball.", "choices": list(get_args(Norm))})
+    attack_norm: Norm = field(default="l2", metadata={"help": "Norm of the ball.", "choices": list(get_args(Norm))})
     attack_radius: float = field(
         default=1.0, metadata={"help": "Radius of the ball at every site. 0 turns the attack off."}
     )
-    attack_radius_unit: str = field(
+    attack_radius_unit: RadiusUnit = field(
         default="absolute",
         metadata={
             "help": "Absolute, or relative to the median norm of the hidden states at the site.",
             "choices": list(get_args(RadiusUnit)),
         },
     )
-    attack_ball: str = field(
+    attack_ball: Ball = field(
         default="token", metadata={"help": "One ball a token, or one a row.", "choices": list(get_args(Ball))}
     )
     attack_steps: int = field(default=16, metadata={"help": "Steps of the search. 0 turns the attack off."})
     attack_learning_rate: float = field(
         default=5e-2, metadata={"help": "Learning rate of the search with the adamw optimizer."}
     )
-    attack_optimizer: str = field(
+    attack_optimizer: Optimizer = field(
         default="adamw",
         metadata={"help": "AdamW, or the norm's steepest direction.", "choices": list(get_args(Optimizer))},
     )
-    attack_init: str = field(
+    attack_init: Init = field(
         default="zero", metadata={"help": "Where the search starts.", "choices": list(get_args(Init))}
     )
-    attack_objective: str = field(
+    attack_objective: Objective = field(
         default="targeted",
         metadata={
             "help": "Bring out the rejected completion, suppress the wanted one, or a random perturbation.",

@@ -47,7 +47,7 @@ def unsupported_settings(args: SFTConfig) -> list[str]:
         problems.append("`fsdp` is not supported. Use one GPU, or several with `accelerate launch` (DDP).")
     if args.label_smoothing_factor:
         problems.append("`label_smoothing_factor` changes only one of the losses. Set it to 0.")
-    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+    if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
         problems.append("`skip_prepare_dataset` would leave rejected and benign rows out. Remove it.")
     return problems
 
