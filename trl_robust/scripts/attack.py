@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from ..attacks import Attack, AttackRow
+    from ..evaluation.judges import JudgeName
 
 ATTACKS = ("direct", "template", "prefill", "latent", "embedding", "finetune")
 
@@ -67,7 +68,9 @@ class AttackArguments:
     answer_column: str = field(default="answer", metadata={"help": "Column with the answers to look for."})
     max_rows: int | None = field(default=None, metadata={"help": "Attack only the first rows."})
     output_dir: str = field(default="attack-results", metadata={"help": "Where results and report go."})
-    judge: str = field(default="auto", metadata={"help": "Who judges.", "choices": ["auto", "exact", "refusal_prefix"]})
+    judge: str = field(
+        default="auto", metadata={"help": "Who judges.", "choices": ["auto", "exact", "refusal_prefix"]}
+    )
     templates: str | None = field(default=None, metadata={"help": "template: file with one wrapper a line."})
     attack_sites: list[str] | None = field(default=None, metadata={"help": "latent, embedding: where."})
     attack_stream: str | None = field(default=None, metadata={"help": "latent, embedding: layer or mlp."})
@@ -133,18 +136,19 @@ class AttackArguments:
 
 def main(argv: list[str]) -> int:
     from ..data.loading import load_rows
-    from ..recipes import RecipeError, load_arguments
+    from ..recipes import RecipeError
+    from ..recipes.flat import load_arguments
     from .quiet import quiet
 
     args: AttackArguments = load_arguments(AttackArguments, argv, prog="trl-robust attack")
     with quiet():
-        rows = attack_rows(args, load_rows(args.data, split=args.data_split))
+        rows = attack_rows(args, load_rows(str(args.data), split=args.data_split))
         try:
             attack = build_attack(args)
             if hasattr(attack, "threat"):
                 attack.threat  # noqa: B018  (validates the sites, the norm and the radius)
         except ValueError as error:
-            raise RecipeError(str(error)) from error
+            raise RecipeError([str(error)]) from error
         run(args, attack, rows)
     return 0
 
@@ -179,7 +183,9 @@ def attack_rows(args: AttackArguments, dataset: Any) -> list[AttackRow]:
     if args.max_rows is not None:
         dataset = dataset.select(range(min(args.max_rows, len(dataset))))
     return [
-        AttackRow(str(row.get("id", number)), row[columns["prompt"]], row.get(columns["target"]), row.get(columns["answer"]))
+        AttackRow(
+            str(row.get("id", number)), row[columns["prompt"]], row.get(columns["target"]), row.get(columns["answer"])
+        )
         for number, row in enumerate(dataset)
     ]
 
@@ -244,11 +250,13 @@ def run(args: AttackArguments, attack: Attack, rows: list[AttackRow]) -> dict[st
     from ..evaluation import run_attack, write_results
     from ..report import results_table, write_report
 
-    judge = args.judge
-    if judge == "auto":
+    judge: JudgeName
+    if args.judge == "auto":
         judge = "exact" if all(row.answer for row in rows) else "refusal_prefix"
+    else:
+        judge = args.judge
     subject = Subject.load(
-        args.model,
+        str(args.model),
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
         max_new_tokens=args.max_new_tokens,
@@ -266,7 +274,9 @@ def run(args: AttackArguments, attack: Attack, rows: list[AttackRow]) -> dict[st
     page = write_report(args.output_dir, show_generations=args.show_generations)
     console = Console()
     console.print(results_table(results))
-    console.print(f"{entry['n_scored']} scored, {entry['n_errored']} errored, {entry['n_skipped']} skipped; judge: {judge}")
+    console.print(
+        f"{entry['n_scored']} scored, {entry['n_errored']} errored, {entry['n_skipped']} skipped; judge: {judge}"
+    )
     reasons = {row["reason"] for row in generations if row["reason"]}
     for reason in sorted(reasons)[:5]:
         console.print(f"  {reason}", markup=False)
