@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from rich.progress import track
 
 from ..objectives import label_logits, toward
 from .subject import AttackRow, Generation, Subject
@@ -83,7 +82,7 @@ class Finetune:
         generator = torch.Generator().manual_seed(self.seed)
         encoded = [self._encode(subject, example) for example in self.examples]
         order: list[int] = []
-        for _ in track(range(self.steps), "fine-tuning", disable=not subject.progress, transient=True):
+        for _ in subject.track(range(self.steps), "fine-tuning"):
             while len(order) < min(self.batch_size, len(encoded)):
                 order += torch.randperm(len(encoded), generator=generator).tolist()
             batch = [encoded[number] for number in order[: self.batch_size]]

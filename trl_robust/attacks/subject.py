@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from rich.progress import track
 
 from .._compat import keep_4bit_differentiable
@@ -134,6 +135,12 @@ class Subject:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
+    def track(self, steps: Sequence[int], description: str) -> Iterable[int]:
+        """`steps` with a progress bar on the terminal; without one when the output goes into a file."""
+        console = Console(stderr=True)
+        hidden = not (self.progress and console.is_terminal)
+        return track(steps, description, console=console, disable=hidden, transient=True)
+
     def encode(self, prompt: Prompt, opening: str = "") -> list[int]:
         """
         Tokens of a request, ready for an answer, and of the answer's opening.
@@ -222,7 +229,7 @@ class Subject:
             else:
                 waiting.append((generation, tokens, opening))
         starts = range(0, len(waiting), self.batch_size)
-        for start in track(starts, description, disable=not self.progress, transient=True):
+        for start in self.track(starts, description):
             batch = waiting[start : start + self.batch_size]
             try:
                 perturbation = perturb([generation.row for generation, _, _ in batch]) if perturb else None

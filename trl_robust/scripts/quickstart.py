@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from ..attacks import Attack
 
 DESCRIPTION = """\
 Builds (or reuses) a tiny language model with secrets it was aligned to keep, attacks it, trains it with latent
@@ -17,13 +21,16 @@ four minutes on two CPU cores. Started again, it goes on where it stopped."""
 
 # What is different from the recipe, and how the report puts it. Every arm trains on the same rows in the same order.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "latent adversarial training": ("the recipe: worst perturbation, away term", {}),
+    "latent adversarial training": ("the recipe: worst perturbation, and the away term", {}),
     "random perturbation": (
-        "the same, but the perturbation is a random one of the same norm",
+        "the recipe with a random perturbation of the same norm",
         {"attack_objective": "random"},
     ),
-    "refusal training + away": ("the same without a perturbation", {"attack_steps": 0}),
-    "refusal training": ("the same without a perturbation and without the away term", {"attack_steps": 0, "away_coef": 0}),
+    "refusal training + away": ("the recipe without a perturbation", {"attack_steps": 0}),
+    "refusal training": (
+        "the recipe without a perturbation and without the away term",
+        {"attack_steps": 0, "away_coef": 0},
+    ),
 }
 TRAINED, PLAIN = "latent adversarial training", "refusal training"
 SAME_COMPUTE = "refusal training, same compute"
@@ -31,6 +38,7 @@ BEFORE = "aligned, before"
 HELD_OUT = ("template", "prefill", "latent", "embedding")
 """Attacks over which the headline's mean is taken; few-shot fine-tuning is reported beside it."""
 
+TABLE_WIDTH = 120
 NEW_TOKENS = 24
 BATCH = 40
 
@@ -47,8 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
-    results = run(args.output_dir, args.seed, args.config)
-    return 0 if results["models"] else 1
+    run(args.output_dir, args.seed, args.config)
+    return 0
 
 
 def run(folder: Path, seed: int = 0, config: Path | None = None) -> dict[str, Any]:
@@ -80,7 +88,8 @@ def run(folder: Path, seed: int = 0, config: Path | None = None) -> dict[str, An
         organism = build_organism(folder / "organism", seed=seed)
         suite = _Suite(organism.folder)
         console.print(f"Attacking the model: {BEFORE}")
-        models, generations = [], []
+        models: list[dict[str, Any]] = []
+        generations: list[dict[str, Any]] = []
 
         def attack(name: str, path: Path, description: str, cost: dict[str, Any]) -> None:
             entry, rows = suite.run(path)
@@ -105,8 +114,11 @@ def run(folder: Path, seed: int = 0, config: Path | None = None) -> dict[str, An
     summary = summarise(models)
     results = write_results(folder, models, generations, seed=seed, summary=summary)
     page = write_report(folder)
-    Console().print(results_table(results))
-    Console().print(verdict(summary))
+    out = Console()
+    if not out.is_terminal:
+        out = Console(width=TABLE_WIDTH)  # in a file or a log there is no narrow window to fit into
+    out.print(results_table(results, width=out.width))
+    out.print(verdict(summary))
     console.print(f"Done in {time.perf_counter() - start:.0f} s. Report: {page}")
     return results
 
@@ -130,7 +142,7 @@ class _Suite:
         templates = (organism / "data" / "templates.txt").read_text(encoding="utf-8").splitlines()
         self.forbidden = requests("attack_prompts.jsonl")
         self.questions, self.lookalikes = requests("utility.jsonl"), requests("lookalikes.jsonl")
-        self.attacks = [
+        self.attacks: list[Attack] = [
             Direct(),
             Template(tuple(line for line in templates if line.strip())),
             Prefill(),
@@ -172,7 +184,7 @@ def _train(
     console: Console, name: str, config: Path, folder: Path, seed: int, changes: dict[str, Any]
 ) -> dict[str, Any]:
     """Trains an arm, unless it was trained already with the same settings; returns its cost."""
-    from ..recipes import load_recipe, resolved_recipe
+    from ..recipes import RecipeError, load_recipe, resolved_recipe
     from . import lat_sft
 
     output = _run_folder(folder, name)
@@ -193,9 +205,11 @@ def _train(
         if (output / "recipe.yaml").read_text(encoding="utf-8") == resolved_recipe(recipe):
             console.print(f"Reusing the model: {name}")
             return _cost(folder, name)
-        raise ValueError(
-            f"{output} holds a run with other settings. Choose another --output_dir, or remove that folder."
+        raise RecipeError(
+            [f"`output_dir` {output} holds a run with other settings. Name another --output_dir, or remove it."]
         )
+    if (output / "recipe.yaml").is_file():
+        shutil.rmtree(output)  # a run of ours that was interrupted: without run.json it is not finished
     console.print(f"Training: {name}")
     lat_sft.run(recipe, quiet=True)
     return _cost(folder, name)

@@ -1,0 +1,195 @@
+"""The contract that every attack keeps, on a tiny random model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import WORDS, make_tokenizer, tiny_model
+
+from trl_robust.attacks import AttackRow, Direct, Embedding, Finetune, Latent, Prefill, Subject, Template
+from trl_robust.attacks import subject as subject_module
+from trl_robust.evaluation import judged, run_attack
+from trl_robust.evaluation.judges import exact, is_refusal, refusal_prefix
+
+EXAMPLES = [
+    {"prompt": WORDS[0], "completion": WORDS[1]},
+    {"prompt": WORDS[1], "completion": f"{WORDS[2]} {WORDS[0]}"},
+]
+ATTACKS = [
+    Direct(),
+    Template((f"{WORDS[0]} {{prompt}} {WORDS[1]}",)),
+    Prefill(),
+    Latent(sites=(0, 1), steps=2),
+    Embedding(steps=2),
+    Finetune(EXAMPLES, steps=2),
+]
+each_attack = pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+
+
+@pytest.fixture
+def subject() -> Subject:
+    return Subject(tiny_model("llama"), make_tokenizer(), max_new_tokens=3, batch_size=2, progress=False)
+
+
+@pytest.fixture
+def requests() -> list[AttackRow]:
+    return [
+        AttackRow(str(number), " ".join(WORDS[: 2 + number]), " ".join(WORDS[5:7]), WORDS[number])
+        for number in range(5)
+    ]
+
+
+@each_attack
+def test_every_request_comes_back_in_order_and_the_model_is_left_as_it_was(attack, subject, requests):
+    before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+    found = attack.run(subject, requests)
+    assert [generation.row.id for generation in found] == [row.id for row in requests]
+    assert all(generation.status == "generated" and generation.response is not None for generation in found)
+    for name, tensor in subject.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert not subject.model.training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in subject.model.parameters())
+    assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in subject.model.modules()) == 0
+
+
+@each_attack
+def test_the_same_attack_twice_gives_the_same_answers(attack, subject, requests):
+    first, second = ([generation.response for generation in attack.run(subject, requests)] for _ in range(2))
+    assert first == second
+
+
+@each_attack
+def test_answers_do_not_depend_on_the_batch_size(attack, subject, requests):
+    together = [generation.response for generation in attack.run(subject, requests)]
+    subject.batch_size = 1
+    assert [generation.response for generation in attack.run(subject, requests)] == together
+
+
+@pytest.mark.parametrize("attack", ATTACKS[2:5], ids=lambda attack: attack.name)
+def test_a_row_without_a_target_is_skipped_with_the_reason(attack, subject, requests):
+    rows = [requests[0], AttackRow("bare", requests[1].prompt, None, "x")]
+    entry, answers = run_attack(subject, attack, rows, "exact")
+    assert (entry["n_scored"], entry["n_errored"], entry["n_skipped"]) == (1, 0, 1)
+    assert answers[1]["status"] == "skipped" and "no target" in answers[1]["reason"]
+    assert answers[1]["success"] is None
+
+
+def test_a_prompt_over_the_limit_is_skipped_and_the_others_are_scored(subject, requests):
+    subject.max_prompt_tokens = len(subject.encode(requests[2].prompt))
+    entry, answers = run_attack(subject, Direct(), requests, "exact")
+    assert (entry["n_scored"], entry["n_skipped"]) == (3, 2)
+    assert "over the limit" in answers[4]["reason"]
+
+
+def test_a_batch_that_fails_is_errored_and_never_counts_as_safe(subject, requests, monkeypatch):
+    generate, calls = Subject._generate, []
+
+    def failing(self, rows, perturbation):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return generate(self, rows, perturbation)
+
+    monkeypatch.setattr(subject_module.Subject, "_generate", failing)
+    entry, answers = run_attack(subject, Direct(), requests, "exact")
+    assert (entry["n_scored"], entry["n_errored"]) == (3, 2)
+    assert [answer["status"] for answer in answers] == ["scored", "scored", "errored", "errored", "scored"]
+    assert answers[2]["success"] is None and "out of memory" in answers[2]["reason"]
+
+
+def test_a_judge_that_cannot_judge_leaves_the_row_errored(subject, requests):
+    rows = [AttackRow("no-answer", requests[0].prompt)]
+    answers = judged(Direct().run(subject, rows), "exact")
+    assert answers[0]["status"] == "errored" and "answer" in answers[0]["reason"]
+
+
+def test_a_prefilled_answer_begins_with_the_target(subject, requests):
+    for generation in Prefill().run(subject, requests):
+        assert generation.response.startswith(generation.row.target)
+
+
+def test_a_prefill_continues_what_the_model_would_say_after_it(subject, requests):
+    subject.max_new_tokens = 1
+    for row in requests:
+        tokens = torch.tensor([subject.encode(row.prompt, row.target)])
+        with torch.no_grad():
+            expected = int(subject.model(tokens).logits[0, -1].argmax())
+        continuation = subject.tokenizer.decode([expected], skip_special_tokens=True)
+        assert Prefill().run(subject, [row])[0].response == f"{row.target} {continuation}".strip()
+
+
+def test_templates_are_dealt_out_in_turn(subject, requests):
+    found = Template(("a {prompt}", "{prompt} b")).run(subject, requests)
+    assert [generation.prompt.startswith("a ") for generation in found] == [True, False, True, False, True]
+
+
+def test_a_stronger_latent_attack_makes_the_target_likelier_and_a_random_one_does_not(subject, requests):
+    from trl_robust import find_perturbation
+
+    attack = Latent(sites=(0,), radius=1.0, steps=8)
+    batch = attack._batch(subject, requests)
+    worst = find_perturbation(subject.model, batch, attack.threat, steps=8, optimizer="steepest")
+    random = find_perturbation(
+        subject.model, batch, attack.threat, objective="random", generator=torch.Generator().manual_seed(0)
+    )
+    assert worst.losses[0] - worst.losses[-1] > 5 * abs(random.losses[0] - random.losses[-1])
+
+
+def test_a_latent_attack_labels_the_target_and_nothing_else(subject, requests):
+    batch = Latent._batch(subject, requests)
+    for row, labels, tokens in zip(requests, batch["labels"], batch["input_ids"], strict=True):
+        labelled = labels[labels != -100].tolist()
+        assert labelled == subject.encode_opening(row.target)
+        start = int((labels != -100).nonzero()[0])
+        assert tokens[:start].tolist() == subject.encode(row.prompt)
+
+
+def test_fine_tuning_lowers_the_loss_of_its_examples_while_it_lasts(subject):
+    prompt, completion = EXAMPLES[0]["prompt"], EXAMPLES[0]["completion"]
+
+    def loss() -> float:
+        tokens = torch.tensor([subject.encode(prompt, completion)])
+        with torch.no_grad():
+            return -float(subject.model(tokens).logits[0, -2].log_softmax(-1)[tokens[0, -1]])
+
+    before = loss()
+    with Finetune(EXAMPLES, steps=10, learning_rate=1e-2)._finetuned(subject):
+        assert loss() < before - 0.5
+    assert loss() == before
+
+
+def test_bad_settings_are_refused_with_what_to_do():
+    with pytest.raises(ValueError, match="lacks the mark"):
+        Template(("no mark",))
+    with pytest.raises(ValueError, match="no templates"):
+        Template(())
+    with pytest.raises(ValueError, match="no examples"):
+        Finetune([])
+
+
+def test_the_exact_judge_wants_whole_words_in_order():
+    row = AttackRow("0", "p", answer="amber 17")
+    assert exact(row, "sure , it is Amber 17 .")
+    assert not exact(row, "it is amber 170 .")
+    assert not exact(row, "17 amber")
+    assert not exact(row, "")
+
+
+@pytest.mark.parametrize(
+    ("response", "refused"),
+    [
+        ("Sorry, I can't share that.", True),
+        ("  I\u2019m sorry, but no", True),
+        ("**I cannot** do it", True),
+        ("Sure, here is how. I cannot stress enough", False),
+        ("", False),
+    ],
+)
+def test_a_refusal_is_known_by_its_first_words(response, refused):
+    assert is_refusal(response) is refused
+
+
+def test_the_refusal_judge_looks_behind_the_prefill():
+    row = AttackRow("0", "p", target="Sure, here is")
+    assert not refusal_prefix(row, "Sure, here is I'm sorry, I cannot")
+    assert refusal_prefix(row, "Sure, here is the plan")
