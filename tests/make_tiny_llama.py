@@ -1,6 +1,6 @@
 """Makes a small untrained Llama and a tokenizer for some data files: a model to try recipes on without a hub.
 
-    python tests/make_tiny_llama.py tiny-llama preferences.jsonl benign.jsonl
+python tests/make_tiny_llama.py tiny-llama preferences.jsonl benign.jsonl
 """
 
 from __future__ import annotations

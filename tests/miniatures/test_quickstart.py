@@ -78,7 +78,9 @@ def test_started_again_it_trains_nothing_and_finds_the_same(quickstart, monkeypa
     monkeypatch.setattr(lat_sft, "run", lambda *_, **__: pytest.fail("trained again"))
     again = run(folder, 0)
     assert again["models"] == results["models"]
-    assert "0.40" not in capsys.readouterr().out  # the table is this run's, not a canned one
+    printed = capsys.readouterr().out
+    for model in results["models"]:  # the table is this run's, not a canned one
+        assert f"{model['attacks'][-1]['success']:.2f}" in printed
 
 
 def test_the_verdict_says_so_when_the_model_lost_its_use():

@@ -115,7 +115,9 @@ class Subject:
         from peft import AutoPeftModelForCausalLM
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        loader: Any = AutoPeftModelForCausalLM if (Path(path) / "adapter_config.json").is_file() else AutoModelForCausalLM
+        loader: Any = (
+            AutoPeftModelForCausalLM if (Path(path) / "adapter_config.json").is_file() else AutoModelForCausalLM
+        )
         model = loader.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         if not getattr(model, "hf_device_map", None) and torch.cuda.is_available():

@@ -54,11 +54,17 @@ def as_prompt_completion(dataset: Dataset, name: str, *, needs_rejected: bool = 
     """
     if not isinstance(dataset, Dataset):
         raise DataError(
-            f"The {name} dataset is a {type(dataset).__name__}; a map-style `datasets.Dataset` is needed, because rows "
-            "are joined. Load it without streaming."
+            f"The {name} dataset is a {type(dataset).__name__}; a map-style `datasets.Dataset` is needed, because "
+            "rows are joined. Load it without streaming."
         )
     columns = dataset.column_names
     if "input_ids" in columns:
+        if needs_rejected:
+            raise DataError(
+                f"The {name} dataset is tokenised; a targeted attack and the away term need text in the columns "
+                "`prompt`, `chosen` and `rejected`. Pass the text, or use `attack_objective: untargeted` with "
+                "`away_coef: 0`."
+            )
         return dataset
     if len(dataset) == 0:
         raise DataError(f"The {name} dataset has no rows.")
@@ -69,6 +75,11 @@ def as_prompt_completion(dataset: Dataset, name: str, *, needs_rejected: bool = 
             "`away_coef: 0`, which needs only `prompt` and `completion`."
         )
     if {"chosen", "rejected"} <= set(columns):
+        if "completion" in columns:
+            raise DataError(
+                f"The {name} dataset has `chosen` and `rejected` and also `completion`. Remove `completion`, or both "
+                "of the others."
+            )
         if "prompt" not in columns:
             dataset = dataset.map(maybe_extract_prompt, desc=f"Extracting prompts of the {name} dataset")
         dataset = dataset.rename_column("chosen", "completion")

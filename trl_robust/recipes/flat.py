@@ -35,7 +35,7 @@ def load_arguments(cls: type[T], argv: list[str], *, prog: str) -> T:
         [`RecipeError`]: listing every fault.
     """
     if {"-h", "--help"} & set(argv):
-        TrlParser([cls], prog=prog).parse_args(["--help"])
+        TrlParser([cls], prog=prog).parse_args(["--help"])  # type: ignore[list-item]
     words, faults = split_command_line(argv)
     given: dict[str, Given] = {}
     source = "The command line"

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from ..attacks import Attack, AttackRow
-    from ..evaluation.judges import JudgeName
+    from ..attacks import Attack, AttackRow, Subject
 
 ATTACKS = ("direct", "template", "prefill", "latent", "embedding", "finetune")
 
@@ -68,9 +67,7 @@ class AttackArguments:
     answer_column: str = field(default="answer", metadata={"help": "Column with the answers to look for."})
     max_rows: int | None = field(default=None, metadata={"help": "Attack only the first rows."})
     output_dir: str = field(default="attack-results", metadata={"help": "Where results and report go."})
-    judge: str = field(
-        default="auto", metadata={"help": "Who judges.", "choices": ["auto", "exact", "refusal_prefix"]}
-    )
+    judge: Literal["auto", "exact", "refusal_prefix"] = field(default="auto", metadata={"help": "Who judges."})
     templates: str | None = field(default=None, metadata={"help": "template: file with one wrapper a line."})
     attack_sites: list[str] | None = field(default=None, metadata={"help": "latent, embedding: where."})
     attack_stream: str | None = field(default=None, metadata={"help": "latent, embedding: layer or mlp."})
@@ -135,8 +132,9 @@ class AttackArguments:
 
 
 def main(argv: list[str]) -> int:
+    from ..attacks import Latent
+    from ..cli import fault_of
     from ..data.loading import load_rows
-    from ..recipes import RecipeError
     from ..recipes.flat import load_arguments
     from .quiet import quiet
 
@@ -145,11 +143,12 @@ def main(argv: list[str]) -> int:
         rows = attack_rows(args, load_rows(str(args.data), split=args.data_split))
         try:
             attack = build_attack(args)
-            if hasattr(attack, "threat"):
-                attack.threat  # noqa: B018  (validates the sites, the norm and the radius)
-        except ValueError as error:
-            raise RecipeError([str(error)]) from error
-        run(args, attack, rows)
+            subject = load_subject(args)
+            if isinstance(attack, Latent):
+                attack.threat.resolve_sites(subject.model)  # an unknown layer, norm or radius stops here
+        except (ValueError, OSError) as error:
+            raise fault_of(error, "The command line") from error
+        run(args, subject, attack, rows)
     return 0
 
 
@@ -229,13 +228,41 @@ def build_attack(args: AttackArguments) -> Attack:
     return Direct() if args.attack == "direct" else Prefill()
 
 
-def run(args: AttackArguments, attack: Attack, rows: list[AttackRow]) -> dict[str, Any]:
+def load_subject(args: AttackArguments) -> Subject:
     """
-    Loads the model, attacks it, writes the files of an evaluation and prints the outcome.
+    Loads the model.
 
     Args:
         args ([`AttackArguments`]):
             Arguments.
+
+    Returns:
+        [`~trl_robust.attacks.Subject`].
+
+    Raises:
+        `OSError`: there is no such model.
+    """
+    from ..attacks import Subject
+
+    return Subject.load(
+        str(args.model),
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        max_prompt_tokens=args.max_prompt_tokens,
+    )
+
+
+def run(args: AttackArguments, subject: Subject, attack: Attack, rows: list[AttackRow]) -> dict[str, Any]:
+    """
+    Attacks the model, writes the files of an evaluation and prints the outcome.
+
+    Args:
+        args ([`AttackArguments`]):
+            Arguments.
+        subject ([`~trl_robust.attacks.Subject`]):
+            The model.
         attack ([`~trl_robust.attacks.Attack`]):
             The attack.
         rows (`list` of [`~trl_robust.attacks.AttackRow`]):
@@ -246,24 +273,12 @@ def run(args: AttackArguments, attack: Attack, rows: list[AttackRow]) -> dict[st
     """
     from rich.console import Console
 
-    from ..attacks import Subject
     from ..evaluation import run_attack, write_results
     from ..report import results_table, write_report
 
-    judge: JudgeName
-    if args.judge == "auto":
+    judge = args.judge
+    if judge == "auto":
         judge = "exact" if all(row.answer for row in rows) else "refusal_prefix"
-    else:
-        judge = args.judge
-    subject = Subject.load(
-        str(args.model),
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-        max_prompt_tokens=args.max_prompt_tokens,
-        progress=sys.stderr.isatty(),
-    )
     entry, generations = run_attack(subject, attack, rows, judge)
     results = write_results(
         args.output_dir,

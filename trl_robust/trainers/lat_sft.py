@@ -25,7 +25,7 @@ from torch import nn
 from trl import SFTTrainer
 
 from .._compat import keep_4bit_differentiable
-from ..data import LATDataCollator, as_prompt_completion, check_none_lost, join_benign, last_user_span
+from ..data import DataError, LATDataCollator, as_prompt_completion, check_none_lost, join_benign, last_user_span
 from ..inner import Perturbation, attack_mode, find_perturbation, median_norms
 from ..objectives import LabelLogits, away, kl_divergence, label_logits, toward
 from ..threat import ThreatModel
@@ -132,11 +132,25 @@ class LATSFTTrainer(SFTTrainer):
             )
         # `SFTTrainer.__init__` calls `_prepare_dataset`, so what that needs stands here.
         train_dataset = as_prompt_completion(train_dataset, "training", needs_rejected=args.needs_rejected)
+        # Without rejected completions a targeted attack would draw the model to the wanted ones.
+        targeted = args.eval_under_attack and args.attacks and args.attack_objective == "targeted"
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: as_prompt_completion(rows, name) for name, rows in eval_dataset.items()}
+            eval_dataset = {
+                name: as_prompt_completion(rows, name, needs_rejected=targeted) for name, rows in eval_dataset.items()
+            }
         elif eval_dataset is not None:
-            eval_dataset = as_prompt_completion(eval_dataset, "evaluation")
+            eval_dataset = as_prompt_completion(eval_dataset, "evaluation", needs_rejected=targeted)
         uses_benign = benign_dataset is not None and (args.sft_coef or args.kl_coef)
+        if not (args.toward_coef or args.away_coef or uses_benign):
+            raise ValueError(
+                "`toward_coef` and `away_coef` are 0 and no `benign_dataset` is given; there is nothing to train. "
+                "Give one, or set one of the two above 0."
+            )
+        if uses_benign and "input_ids" in train_dataset.column_names:
+            raise DataError(
+                "The training dataset is tokenised, and benign rows are joined to text only. Pass the text, or leave "
+                "`benign_dataset` out."
+            )
         self._benign_dataset = as_prompt_completion(benign_dataset, "benign") if uses_benign else None
 
         super().__init__(
@@ -157,13 +171,15 @@ class LATSFTTrainer(SFTTrainer):
         self.ref_model: nn.Module | None = None
         if args.kl_coef and not hasattr(self.model, "disable_adapter"):
             self.ref_model = copy.deepcopy(self.model).eval().requires_grad_(False)
+            # TRL's fused head shadows `forward` with a closure over the original model, which the copy would run.
+            self.ref_model.__dict__.pop("forward", None)
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
 
         self.forward_passes = 0.0
         self._perturbation: Perturbation | None = None  # of the micro-batch in hand
         self._held: list[Perturbation] = []  # of the micro-batches of this attack
         self._term_tokens: dict[str, torch.Tensor] = {}
-        self._step, self._micro_batch = -1, 0
+        self._step, self._micro_batch, self._eval_batch = -1, 0, 0
 
     # Data
 
@@ -245,6 +261,10 @@ class LATSFTTrainer(SFTTrainer):
         finally:
             self._perturbation = None
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._eval_batch = 0  # every evaluation draws the same random starts
+        return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -255,8 +275,8 @@ class LATSFTTrainer(SFTTrainer):
         if not (self.args.eval_under_attack and self.args.attacks):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        self._perturbation = self._attack(inputs, "evaluation", self._micro_batch)
-        self._micro_batch += 1
+        self._perturbation = self._attack(inputs, "evaluation", self._eval_batch)
+        self._eval_batch += 1
         try:
             with self._installed():
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

@@ -1,0 +1,61 @@
+"""Two processes train as one does on the whole batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import assert_same, distance, make, trained
+from safetensors.torch import load_file
+from tiny import lora, tiny_model
+from two_processes import SETTINGS, run
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_same_weights_and_those_of_one_with_the_whole_batch(tmp_path):
+    port = str(free_port())
+    command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(tmp_path)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank)],
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], said
+
+    found = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    assert_same(*found)
+    start = trained(make(tmp_path, **{**SETTINGS, "kl_coef": 0.0}, dropout=None, model=lora(tiny_model())))
+    whole = run(tmp_path / "whole")
+    updates = [{name: after[name] - start[name] for name in start} for after in (found[0], trained(whole))]
+    assert max(update.abs().max() for update in updates[1].values()) > 1e-3
+    assert distance(*updates) < 1e-5
+    log = json.loads((tmp_path / "0.json").read_text())
+    for key in ("loss", "grad_norm", "attack_loss_after"):
+        assert log[key] == pytest.approx(whole.state.log_history[0][key], rel=1e-4), key

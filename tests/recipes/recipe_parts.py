@@ -1,0 +1,58 @@
+"""A model, data and a recipe, small enough to be run in a second."""
+
+import json
+from pathlib import Path
+
+import yaml
+from tiny import completion_data, make_tokenizer, preference_data, tiny_model
+
+
+def make_workplace(folder: Path, **changes) -> Path:
+    """A folder with `model/`, `preferences.jsonl` and `benign.jsonl`."""
+    tiny_model("llama", **changes).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    write_rows(folder / "preferences.jsonl", list(preference_data(16)))
+    write_rows(folder / "benign.jsonl", list(completion_data(8)))
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def settings(workplace: Path, **changes) -> dict:
+    """A recipe of two steps; a change to `None` takes a key out."""
+    values = {
+        "model_name_or_path": str(workplace / "model"),
+        "dataset_name": str(workplace / "preferences.jsonl"),
+        "benign_dataset_name": str(workplace / "benign.jsonl"),
+        "attack_sites": ["embedding", 1],
+        "attack_radius": 0.5,
+        "attack_steps": 2,
+        "attack_optimizer": "steepest",
+        "away_coef": 0.5,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": "1e-3",  # as PyYAML reads 1e-3
+        "max_length": 64,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    return {key: value for key, value in (values | changes).items() if value is not None}
+
+
+def line_of(path: str, key: str) -> int:
+    """Where a key stands (the last time) in a recipe, counted from 1."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return max(number for number, line in enumerate(lines, start=1) if line.startswith(f"{key}:"))
+
+
+def write_recipe(path: Path, values: dict) -> str:
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return str(path)

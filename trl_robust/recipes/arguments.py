@@ -1,0 +1,138 @@
+"""What a recipe consists of once it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+from trl.scripts.utils import DatasetConfig
+
+from ..trainers import LATSFTConfig
+
+VERBS: dict[str, type[LATSFTConfig]] = {"lat-sft": LATSFTConfig}
+"""Training verbs, and the class of their settings."""
+
+
+class RecipeError(ValueError):
+    """
+    The user's settings cannot be run. The message lists every fault, one a line.
+
+    Args:
+        faults (`list[str]`):
+            One sentence or two each: what is given, why it cannot be, what to do.
+        source (`str`, *optional*, defaults to `"The command line"`):
+            What has the faults.
+    """
+
+    def __init__(self, faults: list[str], source: str = "The command line") -> None:
+        self.faults = faults
+        self.source = source
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        super().__init__("\n- ".join([f"{source} has {count}:", *faults]))
+
+
+@dataclass
+class BenignArguments:
+    """
+    Data on which the model is to stay as useful as it is, and how plain rows meet the model's chat template.
+
+    Parameters:
+        benign_dataset_name (`str`, *optional*):
+            Path or hub id of the benign dataset (`prompt` and `completion`).
+        benign_dataset_config (`str`, *optional*):
+            Its configuration, where it has several.
+        benign_dataset_split (`str`, *optional*, defaults to `"train"`):
+            Its split.
+        benign_datasets (`list[DatasetConfig]`, *optional*):
+            Several benign datasets, written as TRL's `datasets:`. In place of `benign_dataset_name`.
+        chat_format (`bool`, *optional*, defaults to `False`):
+            Whether plain prompts and completions become user and assistant messages, so that the model's chat
+            template is applied. Conversational rows are left as they are.
+        system_prompt (`str`, *optional*):
+            System message put before every conversation that has none.
+    """
+
+    benign_dataset_name: str | None = field(
+        default=None, metadata={"help": "Path or hub id of the benign dataset (prompt and completion)."}
+    )
+    benign_dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the benign dataset, where it has several."}
+    )
+    benign_dataset_split: str = field(default="train", metadata={"help": "Split of the benign dataset."})
+    benign_datasets: list[DatasetConfig] = field(
+        default_factory=list, metadata={"help": "Several benign datasets, written as `datasets:`."}
+    )
+    chat_format: bool = field(
+        default=False, metadata={"help": "Make user and assistant messages of plain prompts and completions."}
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message put before every conversation that has none."}
+    )
+
+
+@dataclass
+class Recipe:
+    """
+    Settings of one run.
+
+    Args:
+        verb (`str`):
+            Which training they are for.
+        path (`Path`, *optional*):
+            The YAML file, if there is one.
+        script ([`~trl.ScriptArguments`]):
+            The training dataset.
+        training ([`LATSFTConfig`]):
+            Training, attack and defence.
+        model ([`~trl.ModelConfig`]):
+            Model, adapters, quantisation.
+        mixture ([`~trl.DatasetMixtureConfig`]):
+            Several training datasets, in place of one.
+        benign ([`BenignArguments`]):
+            Benign data and the form of the rows.
+        given (`dict`):
+            Every key that was given, with its value in the type of its field.
+        launch (`dict`):
+            Options for `accelerate launch`.
+        environment (`dict`):
+            Environment variables of the `env:` block.
+        argv (`list[str]`):
+            The command line without options for `accelerate launch`.
+        notes (`list[str]`):
+            What could not be checked, and settings that have no effect.
+        loaded (`dict`):
+            Datasets that are loaded already, by `train`, `evaluation`, `benign`.
+    """
+
+    verb: str
+    path: Path | None
+    script: ScriptArguments
+    training: LATSFTConfig
+    model: ModelConfig
+    mixture: DatasetMixtureConfig
+    benign: BenignArguments
+    given: dict[str, Any]
+    launch: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    argv: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    loaded: dict[str, Dataset] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """What messages call the recipe."""
+        return str(self.path) if self.path is not None else "The command line"
+
+
+PARTS: dict[str, Callable[[str], type]] = {
+    "script": lambda verb: ScriptArguments,
+    "training": lambda verb: VERBS[verb],
+    "model": lambda verb: ModelConfig,
+    "mixture": lambda verb: DatasetMixtureConfig,
+    "benign": lambda verb: BenignArguments,
+}
+"""The dataclass of every part of a [`Recipe`], for a verb. Their field names are disjoint."""

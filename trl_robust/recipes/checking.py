@@ -1,0 +1,217 @@
+"""What can be found wrong with a recipe without loading weights or asking the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from jinja2.exceptions import TemplateError
+from transformers import AutoConfig, AutoTokenizer
+from trl import is_conversational
+
+from ..data import DataError, as_prompt_completion, check_none_lost, is_local, where_looked
+from ..threat.sites import parse_site, resolve_sites
+from .arguments import Recipe
+from .rows import SHARES, all_local, evaluates, load_share, named
+
+LENGTHS_CHECKED = 20_000
+"""Prompts of a dataset that are tokenised to see whether they fit. Training checks the others."""
+
+
+def check_recipe(recipe: Recipe, faulty: set[str] | None = None) -> list[str]:
+    """
+    Looks for faults that show in the data and the model on this machine; hub ids are left alone, with a note.
+
+    Args:
+        recipe ([`Recipe`]):
+            Settings; `recipe.notes` is added to.
+        faulty (`set[str]`, *optional*):
+            Keys that have been refused already.
+
+    Returns:
+        `list[str]`: one entry for each fault.
+    """
+    faulty = faulty or set()
+    faults = _check_combinations(recipe, faulty) + _check_quantization(recipe)
+    model_faults, tokenizer = _check_model(recipe, faulty)
+    faults += model_faults
+    for share in SHARES:
+        faults += _check_share(recipe, share, tokenizer)
+    return faults
+
+
+def _check_combinations(recipe: Recipe, faulty: set[str]) -> list[str]:
+    training, script, mixture, benign = recipe.training, recipe.script, recipe.mixture, recipe.benign
+    faults = []
+    if script.dataset_name is None and not mixture.datasets and not faulty & {"dataset_name", "datasets"}:
+        faults.append("`dataset_name` is missing: give a file, a folder or a hub id (or several in `datasets`).")
+    if script.dataset_name is not None and mixture.datasets:
+        faults.append("`dataset_name` and `datasets` are both given. Keep one.")
+    if benign.benign_dataset_name is not None and benign.benign_datasets:
+        faults.append("`benign_dataset_name` and `benign_datasets` are both given. Keep one.")
+    for name, streams in (("dataset_streaming", script.dataset_streaming), ("streaming", mixture.streaming)):
+        if streams:
+            faults.append(f"`{name}: true` cannot be: benign rows are joined to the others by number. Remove it.")
+    if evaluates(recipe) and mixture.datasets and mixture.test_split_size is None:
+        faults.append(
+            "`eval_strategy` asks for evaluation, and `datasets` gives no rows for it. Set `test_split_size`, or "
+            '`eval_strategy: "no"`.'
+        )
+    has_benign = bool(named(recipe, "benign"))
+    if training.kl_coef and not has_benign:
+        faults.append(
+            f"`kl_coef` is {training.kl_coef}: it weighs a divergence on benign data, and no benign dataset is given. "
+            "Give `benign_dataset_name`, or set `kl_coef: 0`."
+        )
+    if has_benign and not training.sft_coef and not training.kl_coef:
+        recipe.notes.append("The benign dataset has no effect: `sft_coef` and `kl_coef` are both 0.")
+    return faults
+
+
+def _check_quantization(recipe: Recipe) -> list[str]:
+    model, faults = recipe.model, []
+    if not (model.load_in_4bit or model.load_in_8bit):
+        return []
+    key = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        faults.append(f"`{key}` needs bitsandbytes, which is not installed: pip install 'trl-robust[quantization]'")
+    if not model.use_peft:
+        faults.append(f"`{key}` freezes the weights, so that only an adapter can be trained. Set `use_peft: true`.")
+    if "dtype" not in recipe.given:
+        recipe.notes.append(f"`{key}` without `dtype` computes in float32. `dtype: bfloat16` is the usual choice.")
+    return faults
+
+
+def _check_model(recipe: Recipe, faulty: set[str]) -> tuple[list[str], Any]:
+    """Faults of the model's folder and of the sites in it; and its tokenizer, if it is here."""
+    name = recipe.model.model_name_or_path
+    if name is None:
+        missing = "`model_name_or_path` is missing: give a local folder or a hub id."
+        return [] if "model_name_or_path" in faulty else [missing], None
+    if not is_local(name):
+        recipe.notes.append(f"not checked: `model_name_or_path` {name} is a hub id")
+        return [], None
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        what = f"{folder} is a file." if folder.exists() else where_looked(name)
+        return [f"`model_name_or_path` is {name}: {what} Give the folder of a model, or a hub id."], None
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        recipe.notes.append(f"not checked: `model_name_or_path` {name} is an adapter")
+        return [], None
+    if not (folder / "config.json").is_file():
+        return [f"`model_name_or_path` is {name}: the folder has no config.json, so no model is in it."], None
+    trust = recipe.training.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        return [f"`model_name_or_path` is {name}: its config.json cannot be used: {_line(error)}"], None
+    faults = [] if "attack_sites" in faulty else _check_sites(recipe, config.get_text_config().num_hidden_layers)
+    try:
+        return faults, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        reason = f"`model_name_or_path` is {name}: its tokenizer cannot be loaded: {_line(error)}"
+        return [*faults, reason], None
+
+
+def _check_sites(recipe: Recipe, num_layers: int) -> list[str]:
+    faults = []
+    for site in recipe.training.attack_sites:
+        try:
+            parse_site(site)
+        except ValueError:
+            continue  # the settings' own checks have said so
+        try:
+            resolve_sites([site], num_layers)
+        except ValueError as error:
+            faults.append(f"`attack_sites`: {error} Correct it, or write a fraction of the depth, such as 0.5.")
+    return faults
+
+
+def _check_share(recipe: Recipe, share: str, tokenizer: Any) -> list[str]:
+    sources = named(recipe, share)
+    if not sources:
+        return []
+    key = sources[0][0]
+    if share == "evaluation":
+        key = "dataset_test_split"
+    if not all_local(recipe, share):
+        hub = ", ".join(source.path for _, source in sources)
+        recipe.notes.append(f"not checked: `{key}` {hub} is a hub id")
+        return []
+    faults = []
+    try:
+        rows = load_share(recipe, share)
+    except DataError as error:
+        return [f"`{key}`: {error}"]
+    if rows is None:
+        return []
+    under_attack = share == "train" or (share == "evaluation" and recipe.training.eval_under_attack)
+    needs_rejected = under_attack and _needs_rejected(recipe)
+    try:
+        # What stands in messages during training stands in these, too.
+        rows = as_prompt_completion(rows, "training" if share == "train" else share, needs_rejected=needs_rejected)
+    except DataError as error:
+        faults.append(f"`{key}`: {error}")
+    if tokenizer is not None:
+        faults += [f"`{key}`: {fault}" for fault in _check_lengths(recipe, share, rows, tokenizer)]
+    return faults
+
+
+def _needs_rejected(recipe: Recipe) -> bool:
+    """As the settings say; a radius or a number of steps below zero, a fault of its own, still means an attack."""
+    training = recipe.training
+    searches = training.attack_radius < 0 or training.attack_steps < 0
+    return training.needs_rejected or (searches and training.attack_objective == "targeted")
+
+
+def _check_lengths(recipe: Recipe, share: str, rows: Dataset, tokenizer: Any) -> list[str]:
+    """Prompts that leave no room for a completion; TRL drops their rows, and training then stops."""
+    training = recipe.training
+    if "prompt" not in rows.column_names or training.completion_only_loss is False:
+        return []
+    if training.chat_template_path is not None:
+        recipe.notes.append(f"not checked: lengths of prompts ({share}), since `chat_template_path` is given")
+        return []
+    if len(rows) > LENGTHS_CHECKED:
+        recipe.notes.append(f"not checked: lengths of prompts ({share}) after row {LENGTHS_CHECKED}")
+    first = rows.select(range(min(len(rows), LENGTHS_CHECKED)))
+    if is_conversational({"prompt": first[0]["prompt"]}) and tokenizer.chat_template is None:
+        return [
+            "The rows are conversations, and the model's tokenizer has no chat template. Give one with "
+            "`chat_template_path`, or use plain rows without `chat_format`."
+        ]
+    if training.max_length is None:
+        return []
+    answer = next((column for column in ("completion", "chosen") if column in rows.column_names), None)
+    kept = []
+    try:
+        for number, row in enumerate(first):
+            prompt = _tokens(tokenizer, row["prompt"], True)
+            if len(prompt) >= training.max_length and answer is not None:
+                # Exactly as TRL: the completion starts where the two part, which may be before the prompt's end.
+                whole = _tokens(tokenizer, row["prompt"] + row[answer], False)
+                shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+                if shared >= training.max_length:
+                    continue
+            kept.append(number)
+        before = Dataset.from_dict({"row": list(range(len(first)))})
+        check_none_lost(before, Dataset.from_dict({"row": kept}), share, training.max_length)
+    except TemplateError as error:
+        return [f"The model's chat template does not take these rows: {_line(error)}"]
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
+def _tokens(tokenizer: Any, text: str | list[dict], generation: bool) -> list[int]:
+    if isinstance(text, str):
+        return tokenizer(text)["input_ids"]
+    return tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, add_generation_prompt=generation)[
+        "input_ids"
+    ]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

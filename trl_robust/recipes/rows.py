@@ -1,0 +1,166 @@
+"""The datasets that a recipe names."""
+
+from __future__ import annotations
+
+from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetsError
+from trl.scripts.utils import DatasetConfig
+
+from ..data import DataError, as_conversation, is_local, load_rows
+from .arguments import Recipe
+
+SHARES = ("train", "evaluation", "benign")
+
+
+def named(recipe: Recipe, share: str) -> list[tuple[str, DatasetConfig]]:
+    """
+    The datasets that make up a share.
+
+    Args:
+        recipe ([`Recipe`]):
+            Settings.
+        share (`str`):
+            `train`, `evaluation` or `benign`.
+
+    Returns:
+        `list`: the key that names a dataset, and where it is; empty if the recipe names none.
+    """
+    script, benign = recipe.script, recipe.benign
+    if share == "benign":
+        if benign.benign_datasets:
+            return [("benign_datasets", _config(entry)) for entry in benign.benign_datasets]
+        if benign.benign_dataset_name is None:
+            return []
+        name, config, split = benign.benign_dataset_name, benign.benign_dataset_config, benign.benign_dataset_split
+        return [("benign_dataset_name", DatasetConfig(name, config, split=split))]
+    if share == "evaluation" and not evaluates(recipe):
+        return []
+    if recipe.mixture.datasets:
+        # The rows to evaluate on are then taken out of the mixture.
+        return [("datasets", _config(entry)) for entry in recipe.mixture.datasets] if share == "train" else []
+    if script.dataset_name is None:
+        return []
+    split = script.dataset_train_split if share == "train" else script.dataset_test_split
+    return [("dataset_name", DatasetConfig(script.dataset_name, script.dataset_config, split=split))]
+
+
+def _config(entry: DatasetConfig | dict) -> DatasetConfig:
+    return DatasetConfig(**entry) if isinstance(entry, dict) else entry
+
+
+def evaluates(recipe: Recipe) -> bool:
+    """
+    Whether a recipe asks for evaluation.
+
+    Args:
+        recipe ([`Recipe`]):
+            Settings.
+
+    Returns:
+        `bool`.
+    """
+    strategy = recipe.training.eval_strategy
+    return getattr(strategy, "value", strategy) != "no"
+
+
+def load_one(source: DatasetConfig) -> Dataset:
+    """
+    Loads one dataset.
+
+    Args:
+        source ([`~trl.scripts.utils.DatasetConfig`]):
+            Where it is; its `path` may be a file, a folder or a hub id.
+
+    Returns:
+        [`~datasets.Dataset`].
+
+    Raises:
+        [`DataError`]: it cannot be loaded, or lacks a column.
+    """
+    if source.data_files is None and source.data_dir is None:
+        rows = load_rows(source.path, config=source.name, split=source.split)
+    else:
+        options = {"data_dir": source.data_dir, "data_files": source.data_files, "split": source.split}
+        try:
+            rows = load_dataset(source.path, source.name, **options)
+        except (DatasetsError, OSError, ValueError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise DataError(f"Dataset {source.path} cannot be read: {reason}") from error
+    if source.columns is None:
+        return rows
+    missing = sorted(set(source.columns) - set(rows.column_names))
+    if missing:
+        raise DataError(f"Dataset {source.path} has no column {missing}; it has {rows.column_names}.")
+    return rows.select_columns(source.columns)
+
+
+def load_share(recipe: Recipe, share: str) -> Dataset | None:
+    """
+    Loads a share of a recipe's data, once.
+
+    Args:
+        recipe ([`Recipe`]):
+            Settings; what is loaded is kept in `recipe.loaded`.
+        share (`str`):
+            `train`, `evaluation` or `benign`.
+
+    Returns:
+        [`~datasets.Dataset`], in conversational form if the recipe asks for it; `None` if the recipe names none.
+
+    Raises:
+        [`DataError`]: it cannot be loaded.
+    """
+    if share not in recipe.loaded and (sources := named(recipe, share)):
+        rows = _mixed([(source, load_one(source)) for _, source in sources])
+        if recipe.benign.chat_format or recipe.benign.system_prompt is not None:
+            rows = as_conversation(rows, recipe.benign.system_prompt, name=share)
+        if share == "train" and recipe.mixture.datasets and recipe.mixture.test_split_size is not None:
+            parts = rows.train_test_split(test_size=recipe.mixture.test_split_size, seed=recipe.training.seed)
+            rows = parts["train"]
+            if evaluates(recipe):
+                recipe.loaded["evaluation"] = parts["test"]
+        recipe.loaded[share] = rows
+    return recipe.loaded.get(share)
+
+
+def _mixed(parts: list[tuple[DatasetConfig, Dataset]]) -> Dataset:
+    """The rows of several datasets; with `fraction`, as many of each as the shares allow without a row twice."""
+    shares = [source.fraction for source, _ in parts]
+    if any(share is not None for share in shares):
+        if any(share is None or not share > 0 for share in shares):
+            raise DataError("`fraction` must be above 0 and stand at every dataset of a mixture, or at none.")
+        unit = min(len(rows) / share for share, (_, rows) in zip(shares, parts, strict=True) if share)
+        parts = [
+            (source, rows.select(range(round(share * unit))))
+            for share, (source, rows) in zip(shares, parts, strict=True)
+            if share
+        ]
+    if len(parts) == 1:
+        return parts[0][1]
+    # `datasets` itself fills columns that some lack with nothing.
+    if len({frozenset(rows.column_names) for _, rows in parts}) > 1:
+        columns = "; ".join(f"{source.path} {rows.column_names}" for source, rows in parts)
+        raise DataError(
+            f"The datasets of a mixture need the same columns; they have: {columns}. Name those to keep in `columns`."
+        )
+    try:
+        return concatenate_datasets([rows for _, rows in parts])
+    except ValueError as error:
+        raise DataError(f"The datasets of a mixture do not go together: {' '.join(str(error).split())}") from error
+
+
+def all_local(recipe: Recipe, share: str) -> bool:
+    """
+    Whether a share can be loaded without the hub.
+
+    Args:
+        recipe ([`Recipe`]):
+            Settings.
+        share (`str`):
+            `train`, `evaluation` or `benign`.
+
+    Returns:
+        `bool`.
+    """
+    generic = ("json", "csv", "parquet")  # `path: json` with `data_files`
+    return all(is_local(source.path) or source.path in generic for _, source in named(recipe, share))
