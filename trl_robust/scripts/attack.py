@@ -135,6 +135,7 @@ def main(argv: list[str]) -> int:
     from ..attacks import Latent
     from ..cli import fault_of
     from ..data.loading import load_rows
+    from ..recipes import RecipeError
     from ..recipes.flat import load_arguments
     from .quiet import quiet
 
@@ -146,7 +147,12 @@ def main(argv: list[str]) -> int:
             subject = load_subject(args)
             if isinstance(attack, Latent):
                 attack.threat.resolve_sites(subject.model)  # an unknown layer, norm or radius stops here
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            raise RecipeError(
+                [f"`model` is {args.model}: no such folder is here, and the hub did not give it. {reason}"]
+            ) from error
+        except ValueError as error:
             raise fault_of(error, "The command line") from error
         run(args, subject, attack, rows)
     return 0
