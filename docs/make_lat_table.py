@@ -66,9 +66,9 @@ def main() -> None:
         folder = args.folder / f"seed-{seed}"
         done = folder / "results.json"
         seeds[seed] = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else run(folder, seed)
-    before, rest = PAGE.read_text(encoding="utf-8").split(START)
-    after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{START}\n{table(seeds)}\n{END}{after}", encoding="utf-8")
+    head, rest = PAGE.read_text(encoding="utf-8").split(START)
+    tail = rest.split(END)[1]
+    PAGE.write_text(f"{head}{START}\n{table(seeds)}\n{END}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -121,6 +121,7 @@ def test_all_faults_of_a_configuration_are_named_in_one_message_with_their_keys(
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
 def test_a_setting_that_would_change_or_remove_the_attack_is_refused_with_what_to_do(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)

@@ -10,7 +10,7 @@ SETTINGS = {
     "lora dropout": {},
     "full": {"dropout": None},
     "relative radius and random start": {
-        "attack_radius": 0.2,
+        "attack_radius": 0.02,
         "attack_radius_unit": "relative",
         "attack_init": "random",
     },
@@ -21,7 +21,11 @@ SETTINGS = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
     },
-    "between two updates, relative": {"updates_per_attack": 2, "attack_radius": 0.2, "attack_radius_unit": "relative"},
+    "between two updates, relative": {
+        "updates_per_attack": 2,
+        "attack_radius": 0.03,
+        "attack_radius_unit": "relative",
+    },
     "over the end of an epoch": {"per_device_train_batch_size": 8},
 }
 
@@ -50,7 +54,7 @@ def test_lat_9_10_resuming_reproduces_losses_and_weights_bit_for_bit(tmp_path, n
 
 
 def test_a_resumed_run_does_not_measure_its_radius_again(tmp_path, monkeypatch):
-    settings = {**ATTACK, "attack_radius": 0.2, "attack_radius_unit": "relative", "max_steps": 4}
+    settings = {**ATTACK, "attack_radius": 0.03, "attack_radius_unit": "relative", "max_steps": 4}
     whole = train(tmp_path / "whole", **settings, save_strategy="steps", save_steps=2)
     state = json.loads((tmp_path / "whole" / "checkpoint-2" / "lat_state.json").read_text())
     assert state["schema"] == 1

@@ -231,7 +231,8 @@ def test_a_model_trained_whole_is_held_to_a_frozen_copy_of_its_start(tmp_path):
 
 
 def test_the_reference_is_taken_without_dropout_and_without_the_perturbation(tmp_path):
-    trainer = make(tmp_path, **EVERYTHING, benign=benign_data(), dropout=0.5, max_steps=1)
+    model = tiny_model(attention_dropout=0.5)
+    trainer = make(tmp_path, **EVERYTHING, benign=benign_data(), dropout=0.5, model=model, max_steps=1)
     benign = next(iter(trainer.get_train_dataloader()))["benign"]
     trainer.model.train()
     one, other = trainer._reference_logits(benign), trainer._reference_logits(benign)
@@ -355,8 +356,23 @@ def test_what_a_person_watches_is_logged(tmp_path):
 def test_the_random_control_costs_no_search_and_lies_on_the_boundary(tmp_path, searches):
     trainer = train(tmp_path, **{**ATTACK, "attack_objective": "random"}, max_steps=3)
     assert losses(trainer, "boundary_fraction") == [1.0] * 3
-    deltas = [found.deltas[2].flatten()[:5].tolist() for _, found in searches]
-    assert deltas[0] != deltas[1] != deltas[2]
+    assert all(len(found.losses) == 2 for _, found in searches)
+
+
+def test_every_micro_batch_step_and_seed_draws_a_random_perturbation_of_its_own(tmp_path, searches):
+    same = preference_data(1).select([0] * 16)  # rows alike, so that the deltas have the same shape
+    for seed in (7, 8):
+        train(
+            tmp_path,
+            **{**ATTACK, "attack_objective": "random"},
+            data=same,
+            max_steps=3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            seed=seed,
+        )
+    drawn = {tuple(found.deltas[2].flatten().tolist()) for _, found in searches}
+    assert len(searches) == len(drawn) == 2 * 3 * 2
 
 
 def test_evaluation_under_attack_has_the_higher_loss(tmp_path):

@@ -59,6 +59,7 @@ def test_a_search_on_a_four_bit_model_leaves_its_gradients_alone_and_finds_somet
     assert torch.equal(embedding_gradient(four_bit), before)
 
 
+@pytest.mark.filterwarnings("ignore:bitsandbytes.*autograd kernel was not registered:UserWarning")
 def test_without_the_remedy_a_cpu_with_avx512_bf16_loses_the_gradient(four_bit):
     """Says whether this machine shows the defect at all, and whether the remedy is still needed."""
     if not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in four_bit.modules()):

@@ -97,6 +97,19 @@ def test_lat_9_5_unselected_positions_and_pads_have_exactly_zero_effect_and_zero
         assert (gradient[given.selected].abs().sum(-1) > 0).all()
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_lat_9_5_padding_itself_is_not_perturbed(name, side):
+    model, found = shared_model(name), batch(side=side)
+    pads = ~found["attention_mask"].bool()
+    expected = logits(model, found)
+    with perturbation(found, [LAYERS - 1], positions="all").installed(model):
+        seen = logits(model, found)
+    assert pads.sum() > 4
+    assert torch.equal(seen[pads], expected[pads])
+    assert ((seen - expected)[~pads].abs().amax(-1) > 1e-3).all()
+
+
 def test_a_token_before_the_perturbation_does_not_see_it(llama):
     found = batch()
     given = perturbation(found, EVERYWHERE, positions="completion")

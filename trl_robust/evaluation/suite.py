@@ -171,5 +171,6 @@ def write_results(
     # The generations first: results.json says that the folder is complete.
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in generations)
     (folder / "generations.jsonl").write_text(lines, encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
-    return results
+    text = json.dumps(results, indent=2, ensure_ascii=False)
+    (folder / "results.json").write_text(text, encoding="utf-8")
+    return json.loads(text)
