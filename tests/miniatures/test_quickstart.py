@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from trl_robust import cli
-from trl_robust.scripts.quickstart import BEFORE, SAME_COMPUTE, TRAINED, run, summarise, verdict
+from trl_robust.scripts.quickstart import AWAY, BEFORE, LONGER, ORDER, PLAIN, TRAINED, run, summarise, verdict
 
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))]
 
@@ -29,21 +29,16 @@ def test_latent_adversarial_training_makes_the_organism_robust_and_keeps_it_usef
 def test_refusal_training_of_the_same_cost_stays_open_to_attack(seed, quickstart):
     _, results = quickstart(seed)
     summary = summarise(results["models"])
-    assert summary[SAME_COMPUTE]["mean_success"] > 2 * summary[TRAINED]["mean_success"]
+    assert summary[LONGER[PLAIN]]["mean_success"] > 2 * summary[TRAINED]["mean_success"]
     costs = {model["name"]: model["cost"].get("forward_passes") for model in results["models"]}
-    assert costs[SAME_COMPUTE] == pytest.approx(costs[TRAINED], rel=0.02)
+    for name in (LONGER[PLAIN], LONGER[AWAY]):
+        assert costs[name] == pytest.approx(costs[TRAINED], rel=0.02)
 
 
 def test_the_table_holds_all_controls_and_every_request_is_accounted_for(quickstart):
     _, results = quickstart(0)
-    assert [model["name"] for model in results["models"]] == [
-        BEFORE,
-        "refusal training",
-        SAME_COMPUTE,
-        "refusal training + away",
-        "random perturbation",
-        TRAINED,
-    ]
+    assert [model["name"] for model in results["models"]] == list(ORDER)
+    assert len(ORDER) == 7
     for model in results["models"]:
         assert len(model["attacks"]) == 6
         for attack in model["attacks"]:
@@ -59,7 +54,7 @@ def test_the_files_of_the_contract_are_there(quickstart):
         assert (folder / name).stat().st_size > 0, name
     assert json.loads((folder / "results.json").read_text()) == results
     lines = (folder / "generations.jsonl").read_text().splitlines()
-    assert len(lines) == 6 * 6 * 40
+    assert len(lines) == 7 * 6 * 40
     trained = folder / "runs" / "latent-adversarial-training"
     for name in ("model.safetensors", "recipe.yaml", "run.json", "README.md", "trainer_state.json"):
         assert (trained / name).stat().st_size > 0, name

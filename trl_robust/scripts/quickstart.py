@@ -17,25 +17,23 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Builds (or reuses) a tiny language model with secrets it was aligned to keep, attacks it, trains it with latent
-adversarial training and, for comparison, four controls, attacks them all, and writes a report. No hub, no GPU; about
+adversarial training and, for comparison, five controls, attacks them all, and writes a report. No hub, no GPU; about
 four minutes on two CPU cores. Started again, it goes on where it stopped."""
+
+BEFORE, TRAINED, RANDOM = "before training", "latent adversarial training", "random perturbation"
+PLAIN, AWAY = "refusal training", "refusal training + away"
 
 # What is different from the recipe, and how the report puts it. Every arm trains on the same rows in the same order.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "latent adversarial training": ("the recipe: worst perturbation, and the away term", {}),
-    "random perturbation": (
-        "the recipe with a random perturbation of the same norm",
-        {"attack_objective": "random"},
-    ),
-    "refusal training + away": ("the recipe without a perturbation", {"attack_steps": 0}),
-    "refusal training": (
-        "the recipe without a perturbation and without the away term",
-        {"attack_steps": 0, "away_coef": 0},
-    ),
+    TRAINED: ("the recipe: worst perturbation, and the away term", {}),
+    RANDOM: ("the recipe with a random perturbation of the same norm", {"attack_objective": "random"}),
+    AWAY: ("the recipe without a perturbation", {"attack_steps": 0}),
+    PLAIN: ("the recipe without a perturbation and without the away term", {"attack_steps": 0, "away_coef": 0}),
 }
-TRAINED, PLAIN = "latent adversarial training", "refusal training"
-SAME_COMPUTE = "refusal training (same compute)"
-BEFORE = "before training"
+LONGER = {name: f"{name} (same compute)" for name in (PLAIN, AWAY)}
+"""Arms without a perturbation that run once more, with as many forward passes as the recipe, under these names."""
+ORDER = (BEFORE, PLAIN, LONGER[PLAIN], AWAY, LONGER[AWAY], RANDOM, TRAINED)
+"""Before, controls, after: read downwards."""
 HELD_OUT = ("template", "prefill", "latent", "embedding")
 """Attacks over which the headline's mean is taken; few-shot fine-tuning is reported beside it."""
 
@@ -100,21 +98,19 @@ def run(folder: Path, seed: int = 0, config: Path | None = None) -> dict[str, An
             models.append({"name": name, "description": description, **entry, "cost": cost})
             generations.extend({"model": name, **row} for row in rows)
 
-        attack(BEFORE, organism.folder / "model", "the organism, aligned to refuse", {})
-        passes: dict[str, float] = {}
-        arms = {name: (text, dict(changes)) for name, (text, changes) in ARMS.items()}
-        for name, (description, changes) in arms.items():
-            passes[name] = _train(console, name, config, folder, seed, changes)["forward_passes"]
-            attack(name, _run_folder(folder, name), description, _cost(folder, name))
-        ratio = passes[TRAINED] / passes[PLAIN]
-        changes = {**ARMS[PLAIN][1], "max_steps": round(_recipe_steps(config) * ratio)}
-        _train(console, SAME_COMPUTE, config, folder, seed, changes)
-        description = f"refusal training with {ratio:.1f} times the steps, as many forward passes as the recipe"
-        attack(SAME_COMPUTE, _run_folder(folder, SAME_COMPUTE), description, _cost(folder, SAME_COMPUTE))
+        def arm(name: str, description: str, changes: dict[str, Any]) -> float:
+            cost = _train(console, name, config, folder, seed, changes)
+            attack(name, _run_folder(folder, name), description, cost)
+            return cost["forward_passes"]
 
-    # Before, controls, after: read downwards.
-    order = [BEFORE, PLAIN, SAME_COMPUTE, "refusal training + away", "random perturbation", TRAINED]
-    models.sort(key=lambda model: order.index(model["name"]))
+        attack(BEFORE, organism.folder / "model", "the organism, aligned to refuse", {})
+        passes = {name: arm(name, description, changes) for name, (description, changes) in ARMS.items()}
+        for name, longer in LONGER.items():
+            ratio = passes[TRAINED] / passes[name]
+            changes = {**ARMS[name][1], "max_steps": round(_recipe_steps(config) * ratio)}
+            arm(longer, f"{name} for {ratio:.1f} times the steps: as many forward passes as the recipe", changes)
+
+    models.sort(key=lambda model: ORDER.index(model["name"]))
     summary = summarise(models)
     results = write_results(folder, models, generations, seed=seed, summary=headline(summary))
     page = write_report(folder)
