@@ -117,6 +117,7 @@ def check_seams() -> None:
             "formatting_func",
             "dataset_name",
         ],
+        "evaluation_loop": [],
         "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
         "_set_signature_columns_if_needed": [],
         "_save_checkpoint": ["model", "trial"],

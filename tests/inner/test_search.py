@@ -420,7 +420,6 @@ def test_lat_9_11_the_deltas_are_float32_of_batch_ranks_and_hidden_whatever_the_
         assert seen.dtype == next(model.parameters()).dtype
 
 
-@pytest.mark.filterwarnings("ignore::trl_robust.inner.NonBindingRadiusWarning")
 def test_a_bfloat16_model_keeps_steps_that_bfloat16_would_lose():
     """At 1 a step of 1e-4 vanishes in bfloat16; a perturbation kept in float32 still goes there (defect D6)."""
     model, threat = tiny_model().bfloat16(), ThreatModel([1], norm="linf", radius=10.0)
@@ -457,6 +456,7 @@ def test_lat_9_12_a_radius_that_cannot_bind_is_warned_of_and_one_that_can_is_not
         search(0.9)
         find_perturbation(llama, batch(), ThreatModel([1], radius=50.0), steps=4, optimizer="steepest")
         find_perturbation(llama, batch(), ThreatModel([1], radius=50.0), objective="random")
+        find_perturbation(llama, batch(), ThreatModel([1], radius=50.0), steps=4, init="random")
 
 
 def test_lat_9_12_the_boundary_fraction_tells_whether_the_radius_binds(llama):

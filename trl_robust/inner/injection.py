@@ -227,7 +227,7 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
     Evaluation mode (no dropout, which would make two passes differ) with the parameters frozen, restored on leaving.
 
     A model that checkpoints activations goes on doing so: its decoder layers, and nothing inside them, stay marked as
-    training, which is what transformers looks at.
+    training, which is what transformers looks at. Not so where the layers themselves apply dropout (OPT, Falcon).
 
     Args:
         model (`nn.Module`):
@@ -236,7 +236,8 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     layers = decoder_layers(model)
-    checkpointing = getattr(layers[0], "gradient_checkpointing", False) and layers[0].training
+    own_dropout = getattr(layers[0], "dropout", 0) or getattr(getattr(layers[0], "config", None), "hidden_dropout", 0)
+    checkpointing = getattr(layers[0], "gradient_checkpointing", False) and layers[0].training and not own_dropout
     model.eval()
     if checkpointing:
         for layer in layers:

@@ -124,7 +124,8 @@ def find_perturbation(
             if init == "random":
                 search.draw(generator)
             if optimizer == "adamw":
-                search.warn_if_not_binding(steps, learning_rate)
+                if init == "zero":  # a random start is on the boundary already, or nearly
+                    search.warn_if_not_binding(steps, learning_rate)
                 losses = search.adamw(steps, learning_rate, weight_decay)
             else:
                 losses = search.steepest(steps)

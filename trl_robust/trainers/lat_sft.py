@@ -123,7 +123,7 @@ class LATSFTTrainer(SFTTrainer):
                 "`compute_loss_func` would replace the loss under attack. Subclass LATSFTTrainer instead."
             )
         if not isinstance(model, str):
-            check_model(model)
+            check_model(model, args)
         if train_dataset is None:
             raise ValueError("`train_dataset` is required")
         if args.kl_coef and benign_dataset is None:
@@ -162,7 +162,7 @@ class LATSFTTrainer(SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        check_model(self.model)
+        check_model(self.model, args)
         if self.accelerator.device.type == "cpu":
             keep_4bit_differentiable(self.model)
         self.data_collator = LATDataCollator(self.data_collator)

@@ -11,7 +11,7 @@ from ..threat.balls import Ball, Norm
 from ..threat.model import RadiusUnit
 from ..threat.positions import Positions
 from ..threat.sites import Stream
-from .refusals import unsupported_settings
+from .refusals import MLP_AND_CHECKPOINTING, unsupported_settings
 
 
 @dataclass
@@ -222,9 +222,10 @@ class LATSFTConfig(SFTConfig):
                 "`toward_coef`, `away_coef`, `sft_coef` and `kl_coef` are all 0; there is nothing to train."
             )
         if self.attack_stream == "mlp" and self.attacks and self.activation_checkpointing:
+            problems.append(MLP_AND_CHECKPOINTING)
+        if self.updates_per_attack > 1 and self.ignore_data_skip:
             problems.append(
-                "`attack_stream: mlp` perturbs inside the region that activation checkpointing runs again, where a "
-                "second forward pass of the same step would change what is recomputed. Set "
-                "`activation_checkpointing: false` and `gradient_checkpointing: false`, or use `attack_stream: layer`."
+                "`ignore_data_skip` would go on with other rows than those of the kept perturbations. Set it to "
+                "false, or `updates_per_attack: 1`."
             )
         return problems + unsupported_settings(self)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 from trl import SFTConfig
+
+if TYPE_CHECKING:
+    from .lat_sft_config import LATSFTConfig
 
 
 def unsupported_settings(args: SFTConfig) -> list[str]:
@@ -52,17 +57,28 @@ def unsupported_settings(args: SFTConfig) -> list[str]:
     return problems
 
 
-def check_model(model: nn.Module) -> None:
+MLP_AND_CHECKPOINTING = (
+    "`attack_stream: mlp` perturbs inside the region that activation checkpointing runs again, where a second forward "
+    "pass of the same step would change what is recomputed. Set `activation_checkpointing: false` and "
+    "`gradient_checkpointing: false`, or use `attack_stream: layer`."
+)
+
+
+def check_model(model: nn.Module, args: LATSFTConfig) -> None:
     """
-    Refuses adapters that shift the positions of tokens.
+    Refuses adapters that shift the positions of tokens, and MLP perturbations on a model that checkpoints.
 
     Args:
         model (`nn.Module`):
             The model, outside distributed wrappers.
+        args ([`LATSFTConfig`]):
+            Training arguments.
 
     Raises:
-        `ValueError`: the model has a prompt-learning adapter.
+        `ValueError`: the model has a prompt-learning adapter, or checkpoints activations that an attack would change.
     """
+    if args.attacks and args.attack_stream == "mlp" and getattr(model, "is_gradient_checkpointing", False):
+        raise ValueError(MLP_AND_CHECKPOINTING)
     for name, config in getattr(model, "peft_config", {}).items():
         if getattr(config, "is_prompt_learning", False):
             raise ValueError(
