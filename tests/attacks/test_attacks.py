@@ -9,7 +9,7 @@ from tiny import WORDS, make_tokenizer, tiny_model
 from trl_robust.attacks import AttackRow, Direct, Embedding, Finetune, Latent, Prefill, Subject, Template
 from trl_robust.attacks import subject as subject_module
 from trl_robust.evaluation import judged, run_attack
-from trl_robust.evaluation.judges import exact, is_refusal, refusal_prefix
+from trl_robust.evaluation.judges import JUDGES, exact, is_refusal
 
 EXAMPLES = [
     {"prompt": WORDS[0], "completion": WORDS[1]},
@@ -169,7 +169,8 @@ def test_bad_settings_are_refused_with_what_to_do():
 
 def test_the_exact_judge_wants_whole_words_in_order():
     row = AttackRow("0", "p", answer="amber 17")
-    assert exact(row, "sure , it is Amber 17 .")
+    for leak in ("sure , it is Amber 17 .", "It's **amber 17**.", 'the code: "amber  17", of course', "amber 17"):
+        assert exact(row, leak), leak
     assert not exact(row, "it is amber 170 .")
     assert not exact(row, "17 amber")
     assert not exact(row, "")
@@ -189,7 +190,34 @@ def test_a_refusal_is_known_by_its_first_words(response, refused):
     assert is_refusal(response) is refused
 
 
-def test_the_refusal_judge_looks_behind_the_prefill():
-    row = AttackRow("0", "p", target="Sure, here is")
-    assert not refusal_prefix(row, "Sure, here is I'm sorry, I cannot")
-    assert refusal_prefix(row, "Sure, here is the plan")
+def test_the_judge_sees_what_the_model_said_and_not_the_prefill(monkeypatch, subject, requests):
+    seen = []
+    monkeypatch.setitem(JUDGES, "refusal_prefix", lambda row, response: seen.append(response) or True)
+    found = Prefill().run(subject, requests)
+    judged(found, "refusal_prefix")
+    assert seen == [generation.continuation for generation in found]
+    for generation in found:
+        assert generation.response == f"{generation.row.target} {generation.continuation}".strip()
+
+
+def test_the_models_own_generation_config_changes_nothing(subject, requests):
+    before = [generation.response for generation in Latent(sites=(0,), steps=1).run(subject, requests)]
+    subject.model.generation_config.num_beams = 3
+    subject.model.generation_config.repetition_penalty = 3.0
+    subject.model.generation_config.no_repeat_ngram_size = 1
+    found = Latent(sites=(0,), steps=1).run(subject, requests)
+    assert [(generation.status, generation.response) for generation in found] == [
+        ("generated", response) for response in before
+    ]
+
+
+def test_rows_of_the_same_id_still_get_their_own_templates(subject):
+    rows = [AttackRow("same", WORDS[0]), AttackRow("same", WORDS[1])]
+    found = Template(("a {prompt}", "{prompt} b")).run(subject, rows)
+    assert [generation.prompt for generation in found] == [f"a {WORDS[0]}", f"{WORDS[1]} b"]
+
+
+def test_a_conversation_that_the_template_refuses_is_errored(subject, requests):
+    subject.tokenizer.chat_template = "{{ raise_exception('no roles here') }}"
+    entry, answers = run_attack(subject, Direct(), requests[:2], "exact")
+    assert entry["n_errored"] == 2 and "no roles here" in answers[0]["reason"]

@@ -57,5 +57,5 @@ def test_two_processes_have_the_same_weights_and_those_of_one_with_the_whole_bat
     assert max(update.abs().max() for update in updates[1].values()) > 1e-3
     assert distance(*updates) < 1e-5
     log = json.loads((tmp_path / "0.json").read_text())
-    for key in ("loss", "grad_norm", "attack_loss_after"):
+    for key in ("loss", "grad_norm", "forward_passes", "attack_loss_after"):
         assert log[key] == pytest.approx(whole.state.log_history[0][key], rel=1e-4), key

@@ -105,6 +105,12 @@ def test_all_faults_of_a_configuration_are_named_in_one_message_with_their_keys(
             r"`activation_checkpointing_kwargs: \{use_reentrant: true\}` cannot give .* Set `use_reentrant: false`",
         ),
         ({"truncation_mode": "keep_end"}, r"`truncation_mode: keep_end` cuts the prompts that are attacked"),
+        ({"loss_type": "dft"}, r"`loss_type: dft` changes only one of the losses"),
+        (
+            {"updates_per_attack": 2, "train_sampling_strategy": "sequential"},
+            r"`train_sampling_strategy: sequential` cannot repeat batches",
+        ),
+        ({"updates_per_attack": 2, "ignore_data_skip": True}, r"`ignore_data_skip` would go on with other rows"),
         ({"label_smoothing_factor": 0.1}, r"`label_smoothing_factor` changes only one of the losses"),
         (
             {"dataset_kwargs": {"skip_prepare_dataset": True}},
@@ -240,3 +246,30 @@ def test_a_stream_and_a_dataset_without_rows_are_refused(tmp_path):
         make(tmp_path, data=preference_data().to_iterable_dataset())
     with pytest.raises(DataError, match="has no rows"):
         make(tmp_path, data=preference_data().select([]))
+
+
+def test_a_launcher_that_shards_or_compiles_is_refused():
+    from types import SimpleNamespace
+
+    from accelerate.utils import DistributedType, DynamoBackend
+
+    from trl_robust.trainers.refusals import check_distribution
+
+    def launched(kind=DistributedType.NO, backend=DynamoBackend.NO):
+        state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=backend))
+        return SimpleNamespace(distributed_type=kind, state=state)
+
+    for kind in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        check_distribution(launched(kind))
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        with pytest.raises(ValueError, match="not supported"):
+            check_distribution(launched(kind))
+    with pytest.raises(ValueError, match="compilation"):
+        check_distribution(launched(backend=DynamoBackend.INDUCTOR))
+
+
+def test_a_model_that_checkpoints_by_itself_is_refused_with_mlp_perturbations(tmp_path):
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="attack_stream: mlp"):
+        make(tmp_path, model=model, **ATTACK, attack_stream="mlp", activation_checkpointing=False)

@@ -58,7 +58,8 @@ def test_a_resumed_run_does_not_measure_its_radius_again(tmp_path, monkeypatch):
     whole = train(tmp_path / "whole", **settings, save_strategy="steps", save_steps=2)
     state = json.loads((tmp_path / "whole" / "checkpoint-2" / "lat_state.json").read_text())
     assert state["schema"] == 1
-    assert state["calibrated_radius"] == {str(site): radius for site, radius in whole.threat.radius.items()}
+    radii = {site: 0.03 * state["median_norms"][str(site)] for site in whole.threat.sites}
+    assert whole.threat.radius == radii  # bit for bit, so that a resumed run has the very same radius
     resumed = make(tmp_path / "resumed", **settings)
     monkeypatch.setattr("trl_robust.trainers.lat_sft.median_norms", lambda *args: pytest.fail("measured again"))
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))

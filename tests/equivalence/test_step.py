@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from runs import ATTACK, EVERYTHING, assert_same, benign_data, distance, losses, make, train, trained, weights
+from runs import ATTACK, EVERYTHING, STOCK, assert_same, benign_data, distance, losses, make, train, trained, weights
 from tiny import completion_data, lora, preference_data, tiny_model
 from transformers import TrainerCallback
 
+from trl_robust.data import DataError
 from trl_robust.inner import Perturbation
 from trl_robust.threat import decoder_layers, ranks
 from trl_robust.trainers import lat_sft
+from trl_robust.trainers.held import load_held, save_held
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "dropout": 0.0}
 
@@ -420,7 +422,7 @@ def test_evaluating_twice_gives_the_same_number(tmp_path):
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
 
 
-def test_held_perturbations_are_read_back_as_they_were_written():
+def test_held_perturbations_are_read_back_as_they_were_written(tmp_path):
     selected = torch.tensor([[True, False]])
     written = [
         Perturbation(
@@ -428,13 +430,28 @@ def test_held_perturbations_are_read_back_as_they_were_written():
         )
         for n in range(11)
     ]
-    tensors = {}
-    for number, held in enumerate(written):
-        tensors[f"{number}/selected"] = held.selected
-        tensors.update({f"{number}/{site}": delta for site, delta in held.deltas.items()})
-    read = lat_sft._held_perturbations(tensors, "layer", torch.device("cpu"))
+    save_held(written, tmp_path / "held.safetensors")
+    read = load_held(tmp_path / "held.safetensors", "layer", torch.device("cpu"))
     assert len(read) == 11
     for one, other in zip(written, read, strict=True):
         assert one.deltas.keys() == other.deltas.keys()
-        assert next(iter(other.deltas)) == "embedding"
+        assert torch.equal(one.selected, other.selected)
         assert all(torch.equal(one.deltas[site], other.deltas[site]) for site in one.deltas)
+
+
+def test_a_dataset_given_to_evaluate_is_treated_as_the_one_given_at_construction(tmp_path):
+    rows = preference_data(8, seed=5)
+    settings = {**ATTACK, "attack_steps": 6, "eval_under_attack": True}
+    constructed = make(tmp_path, **settings, eval_dataset=rows).evaluate()["eval_loss"]
+    trainer = make(tmp_path, **settings)
+    assert trainer.evaluate(eval_dataset=rows)["eval_loss"] == constructed
+    with pytest.raises(DataError, match="need preference data"):
+        trainer.evaluate(eval_dataset=completion_data())
+
+
+def test_several_updates_an_attack_follow_the_data_seed(tmp_path):
+    def order(**changes) -> list[int]:
+        return list(make(tmp_path, **{**ATTACK, "updates_per_attack": 2, **changes})._get_train_sampler())
+
+    assert order() == order(data_seed=STOCK["seed"])
+    assert order() != order(data_seed=STOCK["seed"] + 1)

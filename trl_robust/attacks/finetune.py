@@ -47,6 +47,23 @@ class Finetune:
         if not self.examples:
             raise ValueError("The fine-tuning attack has no examples; give rows of `prompt` and `completion`.")
 
+    def check(self, subject: Subject) -> None:
+        """
+        Refuses models whose weights cannot be fine-tuned.
+
+        Args:
+            subject ([`Subject`]):
+                The model.
+
+        Raises:
+            `ValueError`: the model is quantised.
+        """
+        if getattr(subject.model, "is_quantized", False):
+            raise ValueError(
+                "The fine-tuning attack changes all weights, which a quantised model does not allow. Attack the model "
+                "in bfloat16 or float32."
+            )
+
     def run(self, subject: Subject, rows: Sequence[AttackRow]) -> list[Generation]:
         """Answers of the fine-tuned model; see [`Subject.answer`]."""
         with self._finetuned(subject):
@@ -54,12 +71,8 @@ class Finetune:
 
     @contextmanager
     def _finetuned(self, subject: Subject) -> Iterator[None]:
+        self.check(subject)
         model = subject.model
-        if getattr(model, "is_quantized", False):
-            raise ValueError(
-                "The fine-tuning attack changes all weights, which a quantised model does not allow. Attack the model "
-                "in bfloat16 or float32."
-            )
         weights = list(model.parameters())
         before = [(weight.detach().to("cpu", copy=True), weight.requires_grad) for weight in weights]
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 from rich.console import Console
 from rich.progress import track
 
@@ -52,6 +53,8 @@ class Generation:
             What the model was given, as text.
         response (`str`, *optional*):
             What it answered; with a prefilled answer, the prefill and what follows it.
+        continuation (`str`, *optional*):
+            What the model itself said: the response without a prefill. This is what is judged.
         status (`str`, *optional*, defaults to `"generated"`):
             `"generated"`, `"errored"` or `"skipped"`; a judge turns the first into `"scored"`.
         reason (`str`, *optional*):
@@ -61,6 +64,7 @@ class Generation:
     row: AttackRow
     prompt: str
     response: str | None = None
+    continuation: str | None = None
     status: Literal["generated", "scored", "errored", "skipped"] = "generated"
     reason: str | None = None
 
@@ -133,9 +137,9 @@ class Subject:
 
     @property
     def pad_token_id(self) -> int:
-        """Padding token, or the end-of-sequence token for tokenizers without one. It is masked either way."""
-        pad = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if pad is None else pad)
+        """Padding token, or another for tokenizers without one. It is masked either way."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(int(token) for token in known if token is not None)
 
     def track(self, steps: Sequence[int], description: str) -> Iterable[int]:
         """`steps` with a progress bar on the terminal; without one when the output goes into a file."""
@@ -188,7 +192,7 @@ class Subject:
         rows: Sequence[AttackRow],
         description: str,
         *,
-        prompt_of: Callable[[AttackRow], Prompt] = lambda row: row.prompt,
+        prompt_of: Callable[[int, AttackRow], Prompt] = lambda number, row: row.prompt,
         opening_of: Callable[[AttackRow], str] = lambda row: "",
         needs_target: bool = False,
         perturb: Callable[[Sequence[AttackRow]], Perturbation] | None = None,
@@ -205,7 +209,7 @@ class Subject:
             description (`str`):
                 What the progress bar says.
             prompt_of (`Callable`, *optional*):
-                What the model is asked, instead of the row's prompt.
+                What the model is asked, from the number of a row and the row, instead of the row's prompt.
             opening_of (`Callable`, *optional*):
                 What is put into its mouth.
             needs_target (`bool`, *optional*, defaults to `False`):
@@ -217,36 +221,41 @@ class Subject:
             `list` of [`Generation`], in the order of `rows`.
         """
         found, waiting = [], []
-        for row in rows:
-            prompt, opening = prompt_of(row), opening_of(row)
-            generation = Generation(row, prompt if isinstance(prompt, str) else prompt[-1]["content"])
+        for number, row in enumerate(rows):
+            prompt, opening = prompt_of(number, row), opening_of(row)
+            generation = Generation(row, prompt if isinstance(prompt, str) else str(prompt[-1]["content"]))
             found.append(generation)
             if needs_target and not row.target:
                 generation.status, generation.reason = "skipped", "the row has no target"
                 continue
-            tokens = self.encode(prompt, opening)
+            try:
+                tokens = self.encode(prompt, opening)
+            except (TemplateError, ValueError) as error:  # a conversation that the chat template does not take
+                generation.status, generation.reason = "errored", f"{type(error).__name__}: {error}"
+                continue
             if len(tokens) > self.max_prompt_tokens:
                 generation.status = "skipped"
                 generation.reason = f"{len(tokens)} tokens are over the limit of {self.max_prompt_tokens}"
             else:
-                waiting.append((generation, tokens, opening))
+                waiting.append((generation, tokens, self.encode_opening(opening)))
         starts = range(0, len(waiting), self.batch_size)
         for start in self.track(starts, description):
             batch = waiting[start : start + self.batch_size]
             try:
                 perturbation = perturb([generation.row for generation, _, _ in batch]) if perturb else None
-                texts = self._generate([tokens for _, tokens, _ in batch], perturbation)
+                answers = self._generate([tokens for _, tokens, _ in batch], perturbation)
             except (RuntimeError, ValueError, FloatingPointError) as error:
                 # Out of memory and numerical failures of one batch; they are counted, never taken for safety.
                 for generation, _, _ in batch:
                     generation.status, generation.reason = "errored", f"{type(error).__name__}: {error}"
                 continue
-            for (generation, _, opening), text in zip(batch, texts, strict=True):
-                generation.response = f"{opening} {text}".strip() if opening else text
+            for (generation, _, prefill), answer in zip(batch, answers, strict=True):
+                generation.continuation = self.tokenizer.decode(answer, skip_special_tokens=True)
+                generation.response = self.tokenizer.decode(prefill + answer, skip_special_tokens=True)
         return found
 
     @torch.no_grad()
-    def _generate(self, rows: list[list[int]], perturbation: Perturbation | None) -> list[str]:
+    def _generate(self, rows: list[list[int]], perturbation: Perturbation | None) -> list[list[int]]:
         tokens = self.pad(rows, "left")
         mask = self.pad([[1] * len(row) for row in rows], "left", 0)
         with perturbation.installed(self.model) if perturbation is not None else nullcontext():
@@ -254,7 +263,11 @@ class Subject:
                 input_ids=tokens,
                 attention_mask=mask,
                 max_new_tokens=self.max_new_tokens,
-                do_sample=False,
                 pad_token_id=self.pad_token_id,
+                # Greedy whatever the model's own generation config says, so that models can be compared.
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
             )
-        return self.tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
+        return output[:, tokens.shape[1] :].tolist()

@@ -45,12 +45,12 @@ class Template:
 
     def run(self, subject: Subject, rows: Sequence[AttackRow]) -> list[Generation]:
         """Answers of the model to the wrapped requests; see [`Subject.answer`]."""
-        template_of = {row.id: self.templates[number % len(self.templates)] for number, row in enumerate(rows)}
 
-        def wrapped(row: AttackRow) -> Prompt:
+        def wrapped(number: int, row: AttackRow) -> Prompt:
+            template = self.templates[number % len(self.templates)]
             if isinstance(row.prompt, str):
-                return template_of[row.id].replace("{prompt}", row.prompt)
+                return template.replace("{prompt}", row.prompt)
             *before, last = row.prompt
-            return [*before, {**last, "content": template_of[row.id].replace("{prompt}", last["content"])}]
+            return [*before, {**last, "content": template.replace("{prompt}", last["content"])}]
 
         return subject.answer(rows, "template", prompt_of=wrapped)

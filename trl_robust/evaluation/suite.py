@@ -37,7 +37,7 @@ def judged(generations: Sequence[Generation], judge: JudgeName) -> list[dict[str
         status, success, reason = generation.status, None, generation.reason
         if status == "generated":
             try:
-                success, status = JUDGES[judge](generation.row, generation.response or ""), "scored"
+                success, status = JUDGES[judge](generation.row, generation.continuation or ""), "scored"
             except ValueError as error:
                 status, reason = "errored", f"judge {judge}: {error}"
         rows.append(
@@ -123,7 +123,7 @@ def over_refusal(subject: Subject, rows: Sequence[AttackRow]) -> dict[str, Any]:
 
 def _rate(name: str, answers: list[tuple[Generation, Any]]) -> dict[str, Any]:
     rows = [
-        {"status": "scored", "success": holds(answer.row, answer.response or "")}
+        {"status": "scored", "success": holds(answer.row, answer.continuation or "")}
         if answer.status == "generated"
         else {"status": answer.status}
         for answer, holds in answers

@@ -35,7 +35,7 @@ def median_norms(
     seen: dict[Site, list[torch.Tensor]] = {site: [] for site in threat.resolve_sites(model)}
 
     def keep(site: Site, states: torch.Tensor) -> None:
-        seen[site].append(torch.linalg.vector_norm(states.detach().float(), dim=-1)[chosen])
+        seen[site].append(torch.linalg.vector_norm(states.detach().float(), dim=-1)[chosen.to(states.device)])
 
     hooks = []
     try:
@@ -64,4 +64,4 @@ def median_norms(
     finally:
         for hook in hooks:
             hook.remove()
-    return {site: torch.cat(norms).median().item() for site, norms in seen.items()}
+    return {site: torch.cat([norm.cpu() for norm in norms]).median().item() for site, norms in seen.items()}

@@ -5,7 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from ..inner.pgd import Optimizer
+from ..threat.balls import Ball, Norm
+from ..threat.model import RadiusUnit
+from ..threat.sites import Stream
 
 if TYPE_CHECKING:
     from ..attacks import Attack, AttackRow, Subject
@@ -70,16 +75,36 @@ class AttackArguments:
     judge: Literal["auto", "exact", "refusal_prefix"] = field(default="auto", metadata={"help": "Who judges."})
     templates: str | None = field(default=None, metadata={"help": "template: file with one wrapper a line."})
     attack_sites: list[str] | None = field(default=None, metadata={"help": "latent, embedding: where."})
-    attack_stream: str | None = field(default=None, metadata={"help": "latent, embedding: layer or mlp."})
-    attack_positions: str | None = field(default=None, metadata={"help": "latent, embedding: which tokens."})
-    attack_norm: str | None = field(default=None, metadata={"help": "latent, embedding: l1, l2 or linf."})
+    attack_stream: str | None = field(
+        default=None, metadata={"help": "latent, embedding: what is perturbed.", "choices": list(get_args(Stream))}
+    )
+    attack_positions: str | None = field(
+        default=None, metadata={"help": "latent, embedding: which tokens.", "choices": ["prompt", "completion", "all"]}
+    )
+    attack_norm: str | None = field(
+        default=None, metadata={"help": "latent, embedding: norm of the ball.", "choices": list(get_args(Norm))}
+    )
     attack_radius: float | None = field(default=None, metadata={"help": "latent, embedding: radius."})
-    attack_radius_unit: str | None = field(default=None, metadata={"help": "latent, embedding: relative or absolute."})
-    attack_ball: str | None = field(default=None, metadata={"help": "latent, embedding: token or sequence."})
+    attack_radius_unit: str | None = field(
+        default=None,
+        metadata={"help": "latent, embedding: unit of the radius.", "choices": list(get_args(RadiusUnit))},
+    )
+    attack_ball: str | None = field(
+        default=None,
+        metadata={"help": "latent, embedding: one ball a token, or one a row.", "choices": list(get_args(Ball))},
+    )
     attack_steps: int | None = field(default=None, metadata={"help": "latent, embedding: steps of the search."})
     attack_learning_rate: float | None = field(default=None, metadata={"help": "latent, embedding: of adamw."})
-    attack_optimizer: str | None = field(default=None, metadata={"help": "latent, embedding: steepest or adamw."})
-    attack_objective: str | None = field(default=None, metadata={"help": "latent, embedding: targeted or random."})
+    attack_optimizer: str | None = field(
+        default=None, metadata={"help": "latent, embedding: of the search.", "choices": list(get_args(Optimizer))}
+    )
+    attack_objective: str | None = field(
+        default=None,
+        metadata={
+            "help": "latent, embedding: the worst perturbation, or a random one.",
+            "choices": ["targeted", "random"],
+        },
+    )
     finetune_data: str | None = field(default=None, metadata={"help": "finetune: prompt-completion rows."})
     finetune_steps: int | None = field(default=None, metadata={"help": "finetune: optimiser steps."})
     finetune_learning_rate: float | None = field(default=None, metadata={"help": "finetune: learning rate."})
@@ -87,7 +112,10 @@ class AttackArguments:
     max_new_tokens: int = field(default=64, metadata={"help": "Length of an answer in tokens."})
     batch_size: int = field(default=16, metadata={"help": "Requests at a time."})
     max_prompt_tokens: int = field(default=1024, metadata={"help": "Longer requests are skipped."})
-    dtype: str = field(default="auto", metadata={"help": "Weight dtype, such as bfloat16."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Weight dtype.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether the model's own code may run."})
     show_generations: bool = field(default=False, metadata={"help": "Whether the report shows responses."})
     seed: int = field(default=0, metadata={"help": "Seed of what is random in an attack."})
@@ -114,12 +142,19 @@ class AttackArguments:
                 problems.append(f"{given} belong to the attacks {list(attacks)}, not to {self.attack!r}; remove them.")
         if self.attack == "finetune" and self.finetune_data is None:
             problems.append("`finetune_data` is missing; name a dataset of `prompt` and `completion` to fine-tune on.")
-        for name in ("max_rows", "max_new_tokens", "batch_size", "max_prompt_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                problems.append(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
-        for name in ("finetune_steps", "attack_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                problems.append(f"`{name}` is {getattr(self, name)}; it must be at least 0.")
+        at_least = dict.fromkeys(("max_rows", "max_new_tokens", "batch_size", "max_prompt_tokens"), 1)
+        at_least |= {"finetune_batch_size": 1, "finetune_steps": 0, "attack_steps": 0, "attack_radius": 0, "seed": 0}
+        for name, least in at_least.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                problems.append(f"`{name}` is {getattr(self, name)}; it must be at least {least}.")
+        for name in ("attack_learning_rate", "finetune_learning_rate"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                problems.append(f"`{name}` is {getattr(self, name)}; it must be above 0.")
+        folder = Path(self.output_dir)
+        if folder.is_file() or any(parent.is_file() for parent in folder.parents):
+            problems.append(f"`output_dir` is {folder}, and there is a file in its place. Name a folder.")
+        elif (folder / "results.json").exists():
+            problems.append(f"`output_dir` {folder} holds results, and nothing is written over. Name another folder.")
         return problems
 
     def _given(self) -> dict[str, Any]:
@@ -132,7 +167,7 @@ class AttackArguments:
 
 
 def main(argv: list[str]) -> int:
-    from ..attacks import Latent
+    from ..attacks import Finetune, Latent
     from ..cli import fault_of
     from ..data.loading import load_rows
     from ..recipes import RecipeError
@@ -146,11 +181,13 @@ def main(argv: list[str]) -> int:
             attack = build_attack(args)
             subject = load_subject(args)
             if isinstance(attack, Latent):
-                attack.threat.resolve_sites(subject.model)  # an unknown layer, norm or radius stops here
+                attack.threat.resolve_sites(subject.model)  # an unknown layer stops here
+            if isinstance(attack, Finetune):
+                attack.check(subject)
         except OSError as error:
             reason = " ".join(str(error).split())
             raise RecipeError(
-                [f"`model` is {args.model}: no such folder is here, and the hub did not give it. {reason}"]
+                [f"`model` {args.model} could not be loaded with its tokenizer, from here or from the hub: {reason}"]
             ) from error
         except ValueError as error:
             raise fault_of(error, "The command line") from error
@@ -187,12 +224,27 @@ def attack_rows(args: AttackArguments, dataset: Any) -> list[AttackRow]:
             )
     if args.max_rows is not None:
         dataset = dataset.select(range(min(args.max_rows, len(dataset))))
-    return [
-        AttackRow(
-            str(row.get("id", number)), row[columns["prompt"]], row.get(columns["target"]), row.get(columns["answer"])
+    found, wrong = [], []
+    for number, row in enumerate(dataset):
+        prompt, target, answer = (row.get(column) for column in columns.values())
+        answer = str(answer) if isinstance(answer, int | float) else answer
+        if not (_is_request(prompt) and isinstance(target, str | None) and isinstance(answer, str | None)):
+            wrong.append(number)
+        found.append(AttackRow(str(number), prompt, target, answer))
+    if wrong:
+        raise DataError(
+            f"{args.data} has rows that are no requests ({len(wrong)}, the first is row {wrong[0]}). A prompt is a "
+            "text or a list of messages with `role` and `content`, not empty; a target and an answer are texts."
         )
-        for number, row in enumerate(dataset)
-    ]
+    return found
+
+
+def _is_request(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return bool(prompt.strip())
+    if not isinstance(prompt, list) or not prompt:
+        return False
+    return all(isinstance(turn, dict) and isinstance(turn.get("content"), str) and turn.get("role") for turn in prompt)
 
 
 def build_attack(args: AttackArguments) -> Attack:
@@ -211,7 +263,7 @@ def build_attack(args: AttackArguments) -> Attack:
         [`~trl_robust.data.DataError`]: files that are not there.
     """
     from ..attacks import Direct, Embedding, Finetune, Latent, Prefill, Template
-    from ..data import DataError
+    from ..data import DataError, as_prompt_completion
     from ..data.loading import load_rows
 
     given = {name.split("_", 1)[-1]: value for name, value in args._given().items()}
@@ -220,14 +272,17 @@ def build_attack(args: AttackArguments) -> Attack:
             return Template()
         if not Path(args.templates).is_file():
             raise DataError(f"There is no file {args.templates} (`templates`).")
-        lines = Path(args.templates).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = Path(args.templates).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{args.templates} (`templates`) is not UTF-8 text.") from error
         return Template(tuple(line for line in lines if line.strip()))
     if args.attack in ("latent", "embedding"):
         if "sites" in given:
             given["sites"] = tuple(given["sites"])
         return {"latent": Latent, "embedding": Embedding}[args.attack](**given, seed=args.seed)
     if args.attack == "finetune":
-        dataset = load_rows(str(given.pop("data")))
+        dataset = as_prompt_completion(load_rows(str(given.pop("data"))), "fine-tuning")
         if not {"prompt", "completion"} <= set(dataset.column_names):
             raise DataError(f"{args.finetune_data} has {dataset.column_names}; `prompt` and `completion` are needed.")
         return Finetune(list(dataset), **given, seed=args.seed)

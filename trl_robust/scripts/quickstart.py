@@ -47,9 +47,16 @@ def make_parser() -> argparse.ArgumentParser:
         prog="trl-robust quickstart", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output_dir", type=Path, default=Path("trl-robust-quickstart"), help="folder for everything")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the world, the models and the trainings")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of the world, the models and the trainings")
     parser.add_argument("--config", type=Path, default=None, help="another recipe than recipes/quickstart.yaml")
     return parser
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"{seed} is not between 0 and {2**32 - 1}")
+    return seed
 
 
 def main(argv: list[str]) -> int:
@@ -76,7 +83,7 @@ def run(folder: Path, seed: int = 0, config: Path | None = None) -> dict[str, An
     # Here, so that --help is quick.
     from ..evaluation import write_results
     from ..organism import build_organism
-    from ..recipes import RecipeError, recipes_folder
+    from ..recipes import RecipeError, load_recipe, recipes_folder
     from ..report import results_table, write_report
     from .quiet import quiet
 
@@ -84,6 +91,10 @@ def run(folder: Path, seed: int = 0, config: Path | None = None) -> dict[str, An
     start = time.perf_counter()
     config = config or recipes_folder() / "quickstart.yaml"
     with quiet():
+        # Model and data are not there yet; all else that is wrong with a recipe shows before minutes are spent.
+        steps = load_recipe("lat-sft", ["--config", str(config)], check=False).training.max_steps
+        if steps <= 0:
+            raise RecipeError(["`max_steps` is missing; the controls' steps are counted from it."], str(config))
         try:
             organism = build_organism(folder / "organism", seed=seed)
         except ValueError as error:  # the folder holds another organism, or something else
@@ -107,7 +118,7 @@ def run(folder: Path, seed: int = 0, config: Path | None = None) -> dict[str, An
         passes = {name: arm(name, description, changes) for name, (description, changes) in ARMS.items()}
         for name, longer in LONGER.items():
             ratio = passes[TRAINED] / passes[name]
-            changes = {**ARMS[name][1], "max_steps": round(_recipe_steps(config) * ratio)}
+            changes = {**ARMS[name][1], "max_steps": round(steps * ratio)}
             arm(longer, f"{name} for {ratio:.1f} times the steps: as many forward passes as the recipe", changes)
 
     models.sort(key=lambda model: ORDER.index(model["name"]))
@@ -167,12 +178,6 @@ class _Suite:
 
 def _run_folder(folder: Path, name: str) -> Path:
     return folder / "runs" / "-".join(re.findall(r"\w+", name))
-
-
-def _recipe_steps(config: Path) -> int:
-    import yaml
-
-    return int(yaml.safe_load(config.read_text(encoding="utf-8"))["max_steps"])
 
 
 def _cost(folder: Path, name: str) -> dict[str, Any]:

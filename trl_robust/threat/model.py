@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Literal, get_args
 
 from torch import nn
@@ -89,14 +90,14 @@ class ThreatModel:
                 problems.append(f"`{name}` is {value!r}; choose one of {list(get_args(choices))}.")
         if not self.sites:
             problems.append("`sites` is empty; name at least one, such as `embedding` or a layer.")
-        for site in self.sites:
+        for site in self.sites or ():
             try:
                 parse_site(site)
             except ValueError as error:
                 problems.append(str(error))
         radii = self.radius.values() if isinstance(self.radius, Mapping) else [self.radius]
         for radius in radii:
-            if isinstance(radius, bool) or not isinstance(radius, int | float) or not 0 <= radius < float("inf"):
+            if isinstance(radius, bool) or not isinstance(radius, Real) or not 0 <= radius < float("inf"):
                 problems.append(f"`radius` is {radius!r}; it must be a finite number of at least 0.")
         return problems
 

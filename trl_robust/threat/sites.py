@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -115,6 +116,8 @@ def parse_site(site: str | int | float) -> Site | float:
             site = float(text) if any(mark in text for mark in ".eE") else int(text)
         except ValueError:
             site = text
+    elif isinstance(site, Integral) and not isinstance(site, bool):
+        site = int(site)  # also NumPy's
     if isinstance(site, bool) or not isinstance(site, int | float):
         raise ValueError(
             f"Site {site!r} is unknown. A site is `embedding`, the index of a layer (such as 8 or -1), or a fraction "

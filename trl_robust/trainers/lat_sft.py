@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import nn
 from trl import SFTTrainer
 
@@ -29,11 +28,14 @@ from ..data import DataError, LATDataCollator, as_prompt_completion, check_none_
 from ..inner import Perturbation, attack_mode, find_perturbation, median_norms
 from ..objectives import LabelLogits, away, kl_divergence, label_logits, toward
 from ..threat import ThreatModel
+from .held import load_held, save_held
 from .lat_sft_config import LATSFTConfig
-from .refusals import check_model
+from .refusals import check_distribution, check_model
 from .repeat_sampler import RepeatedBlockSampler
+from .threat_card import threat_section
 
 STATE_NAME = "lat_state.json"
+HELD_NAME = "perturbations-{}.safetensors"
 CALIBRATION_ROWS = 64
 
 
@@ -132,14 +134,6 @@ class LATSFTTrainer(SFTTrainer):
             )
         # `SFTTrainer.__init__` calls `_prepare_dataset`, so what that needs stands here.
         train_dataset = as_prompt_completion(train_dataset, "training", needs_rejected=args.needs_rejected)
-        # Without rejected completions a targeted attack would draw the model to the wanted ones.
-        targeted = args.eval_under_attack and args.attacks and args.attack_objective == "targeted"
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: as_prompt_completion(rows, name, needs_rejected=targeted) for name, rows in eval_dataset.items()
-            }
-        elif eval_dataset is not None:
-            eval_dataset = as_prompt_completion(eval_dataset, "evaluation", needs_rejected=targeted)
         uses_benign = benign_dataset is not None and (args.sft_coef or args.kl_coef)
         if not (args.toward_coef or args.away_coef or uses_benign):
             raise ValueError(
@@ -151,6 +145,7 @@ class LATSFTTrainer(SFTTrainer):
                 "The training dataset is tokenised, and benign rows are joined to text only. Pass the text, or leave "
                 "`benign_dataset` out."
             )
+        self._training_rows = train_dataset
         self._benign_dataset = as_prompt_completion(benign_dataset, "benign") if uses_benign else None
 
         super().__init__(
@@ -163,6 +158,7 @@ class LATSFTTrainer(SFTTrainer):
             **kwargs,
         )
         check_model(self.model, args)
+        check_distribution(self.accelerator)
         if self.accelerator.device.type == "cpu":
             keep_4bit_differentiable(self.model)
         self.data_collator = LATDataCollator(self.data_collator)
@@ -175,8 +171,9 @@ class LATSFTTrainer(SFTTrainer):
             self.ref_model.__dict__.pop("forward", None)
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
 
-        self.forward_passes = 0.0
+        self._passes = 0.0  # of this process, training only
         self._perturbation: Perturbation | None = None  # of the micro-batch in hand
+        self._median_norms: dict[Any, float] = {}  # by site, what a relative radius is relative to
         self._held: list[Perturbation] = []  # of the micro-batches of this attack
         self._term_tokens: dict[str, torch.Tensor] = {}
         self._step, self._micro_batch, self._eval_batch = -1, 0, 0
@@ -199,6 +196,12 @@ class LATSFTTrainer(SFTTrainer):
             check_none_lost(numbered, prepared, name, args.max_length)
             return prepared.remove_columns("row")
 
+        is_training = dataset is self._training_rows
+        if not is_training:  # the evaluation datasets, at construction or given to `evaluate`
+            # Without rejected completions a targeted attack would draw the model to the wanted ones.
+            targeted = args.eval_under_attack and args.attacks and args.attack_objective == "targeted"
+            name = "evaluation" if dataset_name == "eval" else dataset_name
+            dataset = as_prompt_completion(dataset, name, needs_rejected=targeted)
         if "input_ids" in dataset.column_names:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         wanted = dataset.remove_columns("rejected") if "rejected" in dataset.column_names else dataset
@@ -215,7 +218,7 @@ class LATSFTTrainer(SFTTrainer):
             unwanted = prepare(rejected, f"{dataset_name} (rejected)")
             for column in ("input_ids", "labels"):
                 prepared = prepared.add_column(f"away_{column}", unwanted[column][:])
-        if dataset_name == "train" and self._benign_dataset is not None:
+        if is_training and self._benign_dataset is not None:
             benign = prepare(self._benign_dataset, "benign")
             prepared = join_benign(prepared, benign, args.benign_per_example, args.seed)
         return prepared
@@ -230,7 +233,8 @@ class LATSFTTrainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         block = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
-        return RepeatedBlockSampler(rows, block, self.args.updates_per_attack, self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return RepeatedBlockSampler(rows, block, self.args.updates_per_attack, seed)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -316,6 +320,8 @@ class LATSFTTrainer(SFTTrainer):
                 **({"last_user_span": batch["last_user_span"]} if "last_user_span" in batch else {}),
             }
         targeted = args.attack_objective == "targeted"
+        if targeted and "away_labels" not in batch:
+            raise DataError("A targeted attack met a batch without rejected completions. Give preference data.")
         seed = zlib.crc32(repr((args.seed, *draw, self.accelerator.process_index)).encode())
         with self.accelerator.autocast():
             found = find_perturbation(
@@ -331,7 +337,8 @@ class LATSFTTrainer(SFTTrainer):
                 init=args.attack_init,
                 generator=torch.Generator().manual_seed(seed),
             )
-        self.forward_passes += found.forward_passes
+        if self.model.training:
+            self._passes += found.forward_passes
         self._record("attack_loss_before", found.losses[0])
         self._record("attack_loss_after", found.losses[-1])
         self._record("boundary_fraction", sum(found.boundary_fraction.values()) / len(found.boundary_fraction))
@@ -349,8 +356,9 @@ class LATSFTTrainer(SFTTrainer):
             self._prepare_inputs(self.data_collator(rows[start : start + size])) for start in range(0, count, size)
         ]
         with self.accelerator.autocast():
-            self.threat = self.threat.calibrated(median_norms(model, batches, self.threat))
-        self.forward_passes += count
+            self._median_norms = median_norms(model, batches, self.threat)
+        self.threat = self.threat.calibrated(self._median_norms)
+        self._passes += count
 
     def compute_loss(
         self,
@@ -370,14 +378,14 @@ class LATSFTTrainer(SFTTrainer):
         rows, terms = inputs["input_ids"].shape[0], []
         if args.toward_coef:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-            self.forward_passes += 3 * rows  # forward, backward to the activations, backward to the weights
+            self._passes += 3 * rows  # forward, backward to the activations, backward to the weights
             count = (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
             shares = 1.0 if num_items_in_batch is None else num_items_in_batch / count / self._loss_scale
             self._record("toward_loss", loss.detach() * shares)
             terms.append(args.toward_coef * loss)
         if args.away_coef:
             found = label_logits(model, **rejected)
-            self.forward_passes += 3 * rows
+            self._passes += 3 * rows
             terms.append(args.away_coef * self._token_mean("away", found, away, num_items_in_batch))
         if benign is not None:
             with self._perturbation.disabled() if self._perturbation is not None else nullcontext():
@@ -387,13 +395,13 @@ class LATSFTTrainer(SFTTrainer):
     def _benign_terms(self, model: nn.Module, benign: dict[str, Any], num_items_in_batch: Any) -> list[torch.Tensor]:
         found = label_logits(model, benign["input_ids"], benign["attention_mask"], benign["labels"])
         rows = benign["input_ids"].shape[0]
-        self.forward_passes += 3 * rows
+        self._passes += 3 * rows
         terms = []
         if self.args.sft_coef:
             terms.append(self.args.sft_coef * self._token_mean("sft", found, toward, num_items_in_batch))
         if self.args.kl_coef:
             reference = self._reference_logits(benign)
-            self.forward_passes += rows
+            self._passes += rows
 
             def divergence(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
                 return kl_divergence(logits, reference)
@@ -436,6 +444,18 @@ class LATSFTTrainer(SFTTrainer):
 
     # What a person watches, and what is kept
 
+    @property
+    def forward_passes(self) -> float:
+        """
+        Cost of the training so far, in forward passes of one row through the whole model, over all processes.
+
+        A backward pass to the activations counts as one more, a training pass as three. Every process must ask.
+        """
+        own = torch.tensor(self._passes, dtype=torch.float64, device="cpu")
+        if self.accelerator.num_processes == 1:
+            return own.item()
+        return self.accelerator.gather(own.float().to(self.accelerator.device)).sum().item()
+
     def _record(self, name: str, value: float | torch.Tensor) -> None:
         tensor = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device)
         mode = "train" if self.model.training else "eval"
@@ -449,39 +469,26 @@ class LATSFTTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        radius = self.threat.radius
-        state = {
-            "schema": 1,
-            "forward_passes": self.forward_passes,
-            # Sites as strings, since JSON has no other keys.
-            "calibrated_radius": {str(site): value for site, value in radius.items()}
-            if isinstance(radius, dict)
-            else None,
-        }
+        # Sites as strings, since JSON has no other keys.
+        norms = {str(site): norm for site, norm in self._median_norms.items()}
+        state = {"schema": 1, "forward_passes": self.forward_passes, "median_norms": norms}
         if self.is_world_process_zero():
             (folder / STATE_NAME).write_text(json.dumps(state, indent=2))
         if self._held and self.state.global_step % self.args.updates_per_attack != 0:
             # Stopped between two updates against the same perturbations: the next one needs them.
-            tensors = {}
-            for number, held in enumerate(self._held):
-                tensors[f"{number}/selected"] = held.selected
-                tensors.update({f"{number}/{site}": delta.contiguous() for site, delta in held.deltas.items()})
-            save_file(tensors, folder / f"perturbations-{self.accelerator.process_index}.safetensors")
+            save_held(self._held, folder / HELD_NAME.format(self.accelerator.process_index))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
         if (folder / STATE_NAME).is_file():
             state = json.loads((folder / STATE_NAME).read_text())
-            self.forward_passes = state["forward_passes"]
-            if state["calibrated_radius"] is not None and self.threat.radius_unit == "relative":
-                sites = self.threat.resolve_sites(self.model)
-                radii = {site: state["calibrated_radius"][str(site)] for site in sites}
-                units = {site: radius / self.threat.radius_at(site) for site, radius in radii.items()}
-                self.threat = self.threat.calibrated(units)
-        path = folder / f"perturbations-{self.accelerator.process_index}.safetensors"
-        if path.is_file():
-            self._held = _held_perturbations(load_file(path), self.args.attack_stream, self.args.device)
+            self._passes = state["forward_passes"] / self.accelerator.num_processes
+            if norms := state["median_norms"]:
+                self._median_norms = {site: norms[str(site)] for site in self.args.threat.resolve_sites(self.model)}
+                self.threat = self.args.threat.calibrated(self._median_norms)
+        path = folder / HELD_NAME.format(self.accelerator.process_index)
+        self._held = load_held(path, self.args.attack_stream, self.args.device)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
@@ -490,51 +497,3 @@ class LATSFTTrainer(SFTTrainer):
             card.write_text(
                 card.read_text(encoding="utf-8") + threat_section(self.args, self.threat), encoding="utf-8"
             )
-
-
-def _held_perturbations(tensors: dict[str, torch.Tensor], stream: Any, device: torch.device) -> list[Perturbation]:
-    found: dict[int, Perturbation] = {}
-    for key, tensor in tensors.items():
-        if key.endswith("/selected"):
-            found[int(key.split("/")[0])] = Perturbation({}, tensor.to(device), stream)
-    # In the order in which they run, the embedding first.
-    for key, tensor in sorted(tensors.items(), key=lambda item: (item[0].split("/")[1] != "embedding", item[0])):
-        number, site = key.split("/")
-        if site != "selected":
-            found[int(number)].deltas["embedding" if site == "embedding" else int(site)] = tensor.to(device)
-    return [found[number] for number in sorted(found)]
-
-
-def threat_section(args: LATSFTConfig, threat: ThreatModel) -> str:
-    """
-    The model card's section on what the model was trained against.
-
-    Args:
-        args ([`LATSFTConfig`]):
-            Settings of the run.
-        threat ([`ThreatModel`]):
-            The threat model, calibrated if it was relative.
-
-    Returns:
-        `str`: Markdown.
-    """
-    if not args.attacks:
-        attack = "No attack: the same training without perturbations."
-    else:
-        search = (
-            "a random point of the boundary"
-            if args.attack_objective == "random"
-            else f"{args.attack_objective}, {args.attack_steps} steps of {args.attack_optimizer}"
-        )
-        attack = (
-            f"Perturbations of the hidden states of `{args.attack_positions}` tokens at the sites "
-            f"{', '.join(f'`{site}`' for site in threat.sites)} (`{args.attack_stream}`), inside an "
-            f"{args.attack_norm} ball of radius {args.attack_radius:g} ({args.attack_radius_unit}, one ball a "
-            f"{args.attack_ball}); search: {search}."
-        )
-    weights = ", ".join(f"{name} {getattr(args, f'{name}_coef'):g}" for name in ("toward", "away", "sft", "kl"))
-    return (
-        f"\n## Threat model\n\nTrained with [trl-robust](https://pypi.org/project/trl-robust). {attack} Weights of "
-        f"the loss: {weights}; {args.updates_per_attack} update(s) an attack.\n\nA model that withstands these "
-        "perturbations has been tested against these perturbations. Attacks of another kind may still succeed.\n"
-    )

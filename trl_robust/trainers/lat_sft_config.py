@@ -154,6 +154,8 @@ class LATSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         problems = []
+        if isinstance(self.attack_sites, str | int | float):
+            self.attack_sites = [str(self.attack_sites)]
         try:
             super().__post_init__()
         except ValueError as error:
@@ -172,6 +174,11 @@ class LATSFTConfig(SFTConfig):
         """Whether these settings perturb anything at all."""
         searches = self.attack_objective == "random" or self.attack_steps > 0 or self.attack_init == "random"
         return self.attack_radius > 0 and searches
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether the attack perturbs prompts, so that there must be some."""
+        return self.attacks and self.attack_positions in ("prompt", "last_user")
 
     @property
     def needs_rejected(self) -> bool:
@@ -223,6 +230,11 @@ class LATSFTConfig(SFTConfig):
             )
         if self.attack_stream == "mlp" and self.attacks and self.activation_checkpointing:
             problems.append(MLP_AND_CHECKPOINTING)
+        if self.updates_per_attack > 1 and self.train_sampling_strategy != "random":
+            problems.append(
+                f"`train_sampling_strategy: {self.train_sampling_strategy}` cannot repeat batches. Set it to random, "
+                "or `updates_per_attack: 1`."
+            )
         if self.updates_per_attack > 1 and self.ignore_data_skip:
             problems.append(
                 "`ignore_data_skip` would go on with other rows than those of the kept perturbations. Set it to "

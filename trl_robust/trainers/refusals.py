@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from trl import SFTConfig
 
@@ -50,6 +52,8 @@ def unsupported_settings(args: SFTConfig) -> list[str]:
         problems.append("`deepspeed` is not supported. Use one GPU, or several with `accelerate launch` (DDP).")
     if args.fsdp:
         problems.append("`fsdp` is not supported. Use one GPU, or several with `accelerate launch` (DDP).")
+    if args.loss_type != "nll":
+        problems.append(f"`loss_type: {args.loss_type}` changes only one of the losses. Set `loss_type: nll`.")
     if args.label_smoothing_factor:
         problems.append("`label_smoothing_factor` changes only one of the losses. Set it to 0.")
     if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
@@ -85,3 +89,28 @@ def check_model(model: nn.Module, args: LATSFTConfig) -> None:
                 f"Adapter {name!r} is a prompt-learning adapter ({config.peft_type}): its virtual tokens shift the "
                 "positions that an attack perturbs. Use LoRA or another adapter that keeps positions."
             )
+
+
+def check_distribution(accelerator: Accelerator) -> None:
+    """
+    Refuses what a launcher, and not the training arguments, may have switched on.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            The trainer's.
+
+    Raises:
+        `ValueError`: anything but one process or DDP, or compilation.
+    """
+    kind = accelerator.distributed_type
+    # By name: accelerate has a type for every kind of device that DDP runs on.
+    if kind != DistributedType.NO and not str(kind.value).startswith("MULTI_"):
+        raise ValueError(
+            f"The launcher started {kind.value}, which is not supported. Use one GPU, or several with DDP "
+            "(`accelerate launch --multi_gpu`)."
+        )
+    if accelerator.state.dynamo_plugin.backend.value != "NO":
+        raise ValueError(
+            "The launcher switched on compilation (dynamo), which ignores hooks that are added later, and with them "
+            "every perturbation. Set `dynamo_backend: no`."
+        )
