@@ -169,3 +169,12 @@ class TestOrganism:
         assert "holds files that are not an organism's (letter.txt)" in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
         assert main(["organism"]) == 2
+
+    def test_a_seed_out_of_range_and_a_folder_below_a_file(self, tmp_path, capsys):
+        (tmp_path / "file").write_text("x")
+        for seed in ("-1", str(2**32)):
+            assert main(["organism", "--output_dir", str(tmp_path / "run"), "--seed", seed]) == 1
+            assert f"`seed` is {seed}; it must be from 0 to 4294967295." in capsys.readouterr().err
+        assert main(["organism", "--output_dir", str(tmp_path / "file" / "sub" / "run")]) == 1
+        assert f"{tmp_path / 'file'} is a file, which holds no folders" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -15,6 +15,7 @@ from trl_robust.cli import main
 from trl_robust.data import content_hash, load_rows
 from trl_robust.recipes import launching, load_recipe, recipe_text, resolved_recipe
 from trl_robust.scripts import lat_sft
+from trl_robust.scripts.run_folder import checkpoint_to_resume
 from trl_robust.trainers import LATSFTTrainer
 
 FULL = {"attack_steps": 3, "max_steps": 40, "updates_per_attack": 2, "save_strategy": "steps", "save_steps": 1000}
@@ -75,6 +76,25 @@ class TestRun:
         (tmp_path / "file").write_text("x")
         assert main(["lat-sft", "--config", recipe(), "--output_dir", str(tmp_path / "file")]) == 1
         assert "is a file. Name a folder" in capsys.readouterr().err
+        assert main(["lat-sft", "--config", recipe(), "--output_dir", str(tmp_path / "file" / "a" / "b")]) == 1
+        assert f"{tmp_path / 'file'} is a file, which holds no folders" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", ["README.md", "recipe.yaml"])
+    def test_what_the_user_has_written_is_not_written_over(self, recipe, tmp_path, capsys, name):
+        folder = tmp_path / "run"
+        folder.mkdir()
+        (folder / name).write_text("mine: 1\n")
+        assert main(["lat-sft", "--config", recipe(), "--output_dir", str(folder)]) == 1
+        assert f"holds {name} that trl-robust did not write" in capsys.readouterr().err
+        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "mine: 1\n")]
+
+    def test_what_an_interrupted_run_has_left_may_be_written_again(self, recipe, tmp_path):
+        folder = tmp_path / "run"
+        folder.mkdir()
+        loaded = load_recipe("lat-sft", ["--config", recipe(), "--output_dir", str(folder)])
+        (folder / "recipe.yaml").write_text(recipe_text(resolved_recipe(loaded)))
+        (folder / "README.md").write_text("of that run")
+        assert checkpoint_to_resume(loaded) is None
 
     @pytest.mark.parametrize(
         "resume, words", [("true", "has no checkpoint"), ("gone/checkpoint-3", "is not a checkpoint")]
@@ -101,6 +121,13 @@ class TestRun:
         with pytest.raises(ValueError, match="a fault of the program"):
             main(["lat-sft", "--config", recipe(), "--output_dir", str(tmp_path / "run")])
         assert sorted(os.listdir(tmp_path / "run")) == ["recipe.yaml"]
+
+    def test_a_type_error_of_the_trainer_is_a_fault_of_the_program(self, recipe, tmp_path, monkeypatch):
+        scope = {"__name__": "trl.trainer"}  # as `fault_of` sees code of TRL
+        exec("def broken(**options):\n    raise TypeError('unexpected keyword')", scope)
+        monkeypatch.setattr(lat_sft, "LATSFTTrainer", scope["broken"])
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            main(["lat-sft", "--config", recipe(), "--output_dir", str(tmp_path / "run")])
 
     def test_what_the_trainer_refuses_is_one_message(self, recipe, workplace, tmp_path, capsys):
         # A folder that `validate` takes for a model, without weights in it.

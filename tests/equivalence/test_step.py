@@ -426,7 +426,8 @@ def test_held_perturbations_are_read_back_as_they_were_written(tmp_path):
     selected = torch.tensor([[True, False]])
     written = [
         Perturbation(
-            {"embedding": torch.full((1, 2, 3), 1.0 + n), 10: torch.ones(1, 2, 3), 9: torch.zeros(1, 2, 3)}, selected
+            {"embedding": torch.full((1, 2, 3), 1.0 + n), 10: torch.ones(1, 2, 3), 9: torch.zeros(1, 2, 3)},
+            selected.clone(),
         )
         for n in range(11)
     ]

@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from .cells import check_cells
 from .errors import DataError
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -195,7 +196,7 @@ def as_conversation(dataset: Dataset, system_prompt: str | None = None, *, name:
         [`~datasets.Dataset`].
 
     Raises:
-        [`DataError`]: the columns hold no prompts.
+        [`DataError`]: the columns hold no prompts, or what is neither text nor messages.
 
     Example:
 
@@ -214,12 +215,14 @@ def as_conversation(dataset: Dataset, system_prompt: str | None = None, *, name:
             "`prompt`. Rename its columns, or leave both out."
         )
     answers = [column for column in ("completion", "chosen", "rejected") if column in dataset.column_names]
+    check_cells(dataset, name, (opening, *answers), one_kind=False)
     system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
 
     def wrap(row: dict) -> dict:
         prompt = row[opening]
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if system and not (turns and turns[0]["role"] == "system"):
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        # What is null or has no turns stays so, to be refused as a row without a prompt.
+        if system and turns and turns[0]["role"] != "system":
             turns = system + turns
         wrapped = {opening: turns}
         for column in answers:

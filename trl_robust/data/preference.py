@@ -8,30 +8,15 @@ import torch
 from datasets import Dataset
 from trl.data_utils import maybe_extract_prompt
 
+from .cells import check_cells, check_full, rows_named
 from .errors import DataError
 
-SHOWN = 5
-"""How many row numbers a message names."""
+COLUMNS = ("prompt", "completion", "chosen", "rejected")
 
 
-def _rows(numbers: list[int]) -> str:
-    """Row numbers as a message names them, counted from 0."""
-    shown = ", ".join(map(str, numbers[:SHOWN]))
-    return (
-        f"row {shown}"
-        if len(numbers) == 1
-        else f"{len(numbers)} rows ({shown}{', ...' if len(numbers) > SHOWN else ''})"
-    )
-
-
-def _text(value: Any) -> str:
-    """The text of a completion or prompt, plain or conversational."""
-    if isinstance(value, str):
-        return value
-    return " ".join(str(message.get("content") or "") for message in value or [])
-
-
-def as_prompt_completion(dataset: Dataset, name: str, *, needs_rejected: bool = False) -> Dataset:
+def as_prompt_completion(
+    dataset: Dataset, name: str, *, needs_rejected: bool = False, needs_prompt: bool = False
+) -> Dataset:
     """
     Brings preference data into prompt-completion form: `chosen` becomes `completion`, `rejected` stays beside it.
 
@@ -45,12 +30,15 @@ def as_prompt_completion(dataset: Dataset, name: str, *, needs_rejected: bool = 
             What messages call it.
         needs_rejected (`bool`, *optional*, defaults to `False`):
             Whether rejected completions are required.
+        needs_prompt (`bool`, *optional*, defaults to `False`):
+            Whether prompts are required.
 
     Returns:
         [`~datasets.Dataset`].
 
     Raises:
-        [`DataError`]: missing columns, no rows, or empty prompts or completions.
+        [`DataError`]: missing columns, no rows, cells that are neither text nor messages, or empty prompts or
+        completions.
     """
     if not isinstance(dataset, Dataset):
         raise DataError(
@@ -80,29 +68,37 @@ def as_prompt_completion(dataset: Dataset, name: str, *, needs_rejected: bool = 
                 f"The {name} dataset has `chosen` and `rejected` and also `completion`. Remove `completion`, or both "
                 "of the others."
             )
+        _check_values(dataset, name)
         if "prompt" not in columns:
             dataset = dataset.map(maybe_extract_prompt, desc=f"Extracting prompts of the {name} dataset")
+            check_full(dataset, name)
         dataset = dataset.rename_column("chosen", "completion")
     elif not ({"prompt", "completion"} <= set(columns) or {"text"} <= set(columns) or {"messages"} <= set(columns)):
         raise DataError(
             f"The {name} dataset has the columns {columns}; `prompt` and `completion` are needed (or `prompt`, "
-            "`chosen`, `rejected`). Rename its columns."
+            "`chosen`, `rejected`). "
+            + (
+                "Rename `conversations` to `messages`, and in it `from` and `value` to `role` and `content`."
+                if "conversations" in columns
+                else "Rename its columns."
+            )
         )
-    for column in ("prompt", "completion", "rejected"):
-        if column in dataset.column_names:
-            # Of a conversation the last turn counts: a system prompt does not make an empty request a full one.
-            empty = [
-                number
-                for number, value in enumerate(dataset[column])
-                if not _text(value[-1:] if isinstance(value, list) else value).strip()
-            ]
-            if empty:
-                shown = "chosen/completion" if column == "completion" else column
-                raise DataError(
-                    f"The {name} dataset has an empty `{shown}` in {_rows(empty)}. There is nothing to train on "
-                    "there; fill or remove these rows."
-                )
+    else:
+        _check_values(dataset, name)
+    if needs_prompt and "prompt" not in dataset.column_names:
+        raise DataError(
+            f"The {name} dataset has the columns {columns}, and the attack perturbs prompts, of which it has none. "
+            "Use prompt-completion data (`prompt` and `completion`), or `attack_positions: all`."
+        )
     return dataset
+
+
+def _check_values(dataset: Dataset, name: str) -> None:
+    """Refuses cells that nothing can be trained on."""
+    check_cells(dataset, name, COLUMNS)
+    for column in ("text", "messages"):
+        check_cells(dataset, name, (column,))
+    check_full(dataset, name)
 
 
 def check_none_lost(before: Dataset, after: Dataset, name: str, max_length: int | None) -> None:
@@ -125,7 +121,7 @@ def check_none_lost(before: Dataset, after: Dataset, name: str, max_length: int 
     lost = sorted(set(before["row"]) - set(after["row"]))
     if lost:
         raise DataError(
-            f"The {name} dataset has a prompt longer than the limit in {_rows(lost)}: {max_length} tokens "
+            f"The {name} dataset has a prompt longer than the limit in {rows_named(lost)}: {max_length} tokens "
             "(`max_length`) hold no token of the completion. Raise `max_length`, or shorten or remove these rows."
         )
 

@@ -53,7 +53,7 @@ class BenignArguments:
             Whether plain prompts and completions become user and assistant messages, so that the model's chat
             template is applied. Conversational rows are left as they are.
         system_prompt (`str`, *optional*):
-            System message put before every conversation that has none.
+            System message put before every conversation that has none. Plain rows need `chat_format` with it.
     """
 
     benign_dataset_name: str | None = field(

@@ -14,7 +14,19 @@ from trl import is_conversational
 from ..data import DataError, as_prompt_completion, check_none_lost, is_local, where_looked
 from ..threat.sites import parse_site, resolve_sites
 from .arguments import Recipe
+from .ranges import block_of, check_ranges
 from .rows import SHARES, all_local, evaluates, load_share, named
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""A folder with none of these has no tokenizer."""
 
 LENGTHS_CHECKED = 20_000
 """Prompts of a dataset that are tokenised to see whether they fit. Training checks the others."""
@@ -34,7 +46,8 @@ def check_recipe(recipe: Recipe, faulty: set[str] | None = None) -> list[str]:
         `list[str]`: one entry for each fault.
     """
     faulty = faulty or set()
-    faults = _check_combinations(recipe, faulty) + _check_quantization(recipe)
+    faults = check_ranges(recipe) + _check_combinations(recipe, faulty) + _check_quantization(recipe)
+    faults += _check_chat_template(recipe)
     model_faults, tokenizer = _check_model(recipe, faulty)
     faults += model_faults
     for share in SHARES:
@@ -58,6 +71,16 @@ def _check_combinations(recipe: Recipe, faulty: set[str]) -> list[str]:
         faults.append(
             "`eval_strategy` asks for evaluation, and `datasets` gives no rows for it. Set `test_split_size`, or "
             '`eval_strategy: "no"`.'
+        )
+    if training.needs_prompt and training.completion_only_loss is False:
+        faults.append(
+            "`completion_only_loss: false` trains on prompts as on completions, so that no token counts as a prompt "
+            f"to perturb (`attack_positions: {training.attack_positions}`). Remove it, or use `attack_positions: all`."
+        )
+    if training.dataset_text_field != "text":
+        faults.append(
+            f"`dataset_text_field` is {training.dataset_text_field}; only `text` is read. Rename the column to "
+            "`text`, and remove the key."
         )
     has_benign = bool(named(recipe, "benign"))
     if training.kl_coef and not has_benign:
@@ -98,8 +121,8 @@ def _check_model(recipe: Recipe, faulty: set[str]) -> tuple[list[str], Any]:
         what = f"{folder} is a file." if folder.exists() else where_looked(name)
         return [f"`model_name_or_path` is {name}: {what} Give the folder of a model, or a hub id."], None
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        recipe.notes.append(f"not checked: `model_name_or_path` {name} is an adapter")
-        return [], None
+        needed = "Merge it into its base model first (PEFT's `merge_and_unload`), and name the merged model's folder."
+        return [f"`model_name_or_path` is {name}: that is an adapter, not a model. {needed}"], None
     if not (folder / "config.json").is_file():
         return [f"`model_name_or_path` is {name}: the folder has no config.json, so no model is in it."], None
     trust = recipe.training.trust_remote_code
@@ -108,6 +131,9 @@ def _check_model(recipe: Recipe, faulty: set[str]) -> tuple[list[str], Any]:
     except (OSError, ValueError, KeyError) as error:
         return [f"`model_name_or_path` is {name}: its config.json cannot be used: {_line(error)}"], None
     faults = [] if "attack_sites" in faulty else _check_sites(recipe, config.get_text_config().num_hidden_layers)
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        reason = "the folder has no tokenizer. Save the tokenizer beside the model (`tokenizer.save_pretrained`)."
+        return [*faults, f"`model_name_or_path` is {name}: {reason}"], None
     try:
         return faults, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
@@ -127,6 +153,22 @@ def _check_sites(recipe: Recipe, num_layers: int) -> list[str]:
         except ValueError as error:
             faults.append(f"`attack_sites`: {error} Correct it, or write a fraction of the depth, such as 0.5.")
     return faults
+
+
+def _check_chat_template(recipe: Recipe) -> list[str]:
+    name = recipe.training.chat_template_path
+    if name is None:
+        return []
+    path, template = Path(name), name.endswith((".jinja", ".j2"))
+    if path.is_file() and not template:
+        what = "which is a file whose name ends neither in .jinja nor in .j2. Rename it."
+    elif path.exists() or not (template or is_local(name)):
+        return []
+    elif name.startswith("~") and path.expanduser().exists():
+        what = f"and `~` is not read there. Write {path.expanduser()}."
+    else:
+        what = f"and {where_looked(name)} Correct the path, or give the hub id of a tokenizer."
+    return [f"`chat_template_path` is {name}, {what}"]
 
 
 def _check_share(recipe: Recipe, share: str, tokenizer: Any) -> list[str]:
@@ -151,9 +193,20 @@ def _check_share(recipe: Recipe, share: str, tokenizer: Any) -> list[str]:
     needs_rejected = under_attack and _needs_rejected(recipe)
     try:
         # What stands in messages during training stands in these, too.
-        rows = as_prompt_completion(rows, "training" if share == "train" else share, needs_rejected=needs_rejected)
+        rows = as_prompt_completion(
+            rows,
+            "training" if share == "train" else share,
+            needs_rejected=needs_rejected,
+            needs_prompt=under_attack and recipe.training.needs_prompt,
+        )
     except DataError as error:
-        faults.append(f"`{key}`: {error}")
+        return [f"`{key}`: {error}"]
+    if share == "train" and recipe.training.updates_per_attack > 1 and len(rows) < (block := block_of(recipe)):
+        faults.append(
+            f"`{key}` has {len(rows)} rows, and one update takes {block} (`per_device_train_batch_size` x "
+            "`gradient_accumulation_steps` x processes). With `updates_per_attack` above 1 a batch must be full: "
+            "lower one of these, or add rows."
+        )
     if tokenizer is not None:
         faults += [f"`{key}`: {fault}" for fault in _check_lengths(recipe, share, rows, tokenizer)]
     return faults
@@ -182,7 +235,7 @@ def _check_lengths(recipe: Recipe, share: str, rows: Dataset, tokenizer: Any) ->
             "The rows are conversations, and the model's tokenizer has no chat template. Give one with "
             "`chat_template_path`, or use plain rows without `chat_format`."
         ]
-    if training.max_length is None:
+    if training.max_length is None or training.max_length < 1:
         return []
     answer = next((column for column in ("completion", "chosen") if column in rows.column_names), None)
     kept = []
@@ -198,7 +251,7 @@ def _check_lengths(recipe: Recipe, share: str, rows: Dataset, tokenizer: Any) ->
             kept.append(number)
         before = Dataset.from_dict({"row": list(range(len(first)))})
         check_none_lost(before, Dataset.from_dict({"row": kept}), share, training.max_length)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # a template that adds text to what is none
         return [f"The model's chat template does not take these rows: {_line(error)}"]
     except DataError as error:
         return [str(error)]

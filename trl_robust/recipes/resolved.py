@@ -12,6 +12,9 @@ import yaml
 from .. import __version__
 from .arguments import PARTS, Recipe
 
+HEADER = "# As resolved by trl-robust"
+"""How every `recipe.yaml` of ours begins."""
+
 NEVER_WRITTEN = {"hub_token", "local_rank"}
 """A secret, and what the launcher sets."""
 
@@ -66,7 +69,7 @@ def recipe_text(values: dict[str, Any]) -> str:
     """
     values = {name: value for name, value in values.items() if name != "resume_from_checkpoint"}
     header = (
-        f"# As resolved by trl-robust {__version__}. To run it again:\n"
+        f"{HEADER} {__version__}. To run it again:\n"
         f"# trl-robust {values['verb']} --config recipe.yaml --output_dir ANOTHER_FOLDER\n"
     )
     return header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)

@@ -113,6 +113,7 @@ def load_share(recipe: Recipe, share: str) -> Dataset | None:
     if share not in recipe.loaded and (sources := named(recipe, share)):
         rows = _mixed([(source, load_one(source)) for _, source in sources])
         if recipe.benign.chat_format or recipe.benign.system_prompt is not None:
+            _check_system_prompt(recipe, rows)
             rows = as_conversation(rows, recipe.benign.system_prompt, name=share)
         if share == "train" and recipe.mixture.datasets and recipe.mixture.test_split_size is not None:
             parts = rows.train_test_split(test_size=recipe.mixture.test_split_size, seed=recipe.training.seed)
@@ -121,6 +122,16 @@ def load_share(recipe: Recipe, share: str) -> Dataset | None:
                 recipe.loaded["evaluation"] = parts["test"]
         recipe.loaded[share] = rows
     return recipe.loaded.get(share)
+
+
+def _check_system_prompt(recipe: Recipe, rows: Dataset) -> None:
+    """A system prompt alone does not ask for a chat template; whether plain rows get one is not guessed."""
+    plain = "prompt" in rows.column_names and any(isinstance(prompt, str) for prompt in rows["prompt"])
+    if plain and not recipe.benign.chat_format:
+        raise DataError(
+            "`system_prompt` is given, and the rows are plain text, which has no system message. Set "
+            "`chat_format: true` to make messages of it, or remove `system_prompt`."
+        )
 
 
 def _mixed(parts: list[tuple[DatasetConfig, Dataset]]) -> Dataset:

@@ -11,6 +11,7 @@ from ..inner.pgd import Optimizer
 from ..threat.balls import Ball, Norm
 from ..threat.model import RadiusUnit
 from ..threat.sites import Stream
+from .inputs import folder_fault
 
 if TYPE_CHECKING:
     from ..attacks import Attack, AttackRow, Subject
@@ -151,8 +152,8 @@ class AttackArguments:
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 problems.append(f"`{name}` is {getattr(self, name)}; it must be above 0.")
         folder = Path(self.output_dir)
-        if folder.is_file() or any(parent.is_file() for parent in folder.parents):
-            problems.append(f"`output_dir` is {folder}, and there is a file in its place. Name a folder.")
+        if (fault := folder_fault(folder)) is not None:
+            problems.append(fault)
         elif (folder / "results.json").exists():
             problems.append(f"`output_dir` {folder} holds results, and nothing is written over. Name another folder.")
         return problems

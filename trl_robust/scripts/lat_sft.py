@@ -153,7 +153,7 @@ def _make_trainer(recipe: Recipe, rows: dict[str, Any], quiet: bool) -> LATSFTTr
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise fault_of(error, recipe.source) from error
     if quiet:
         for callback in (PrinterCallback, ProgressCallback):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from ..cli import exit_code, fault_of
 from ..organism import build_organism
+from .inputs import folder_fault, seed_fault
 
 
 def main(argv: list[str]) -> int:
@@ -28,6 +30,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output_dir", required=True, help="folder to write to: new, empty, or of the same organism")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world and the weights (default 0)")
     args = parser.parse_args(argv)
+    found = (folder_fault(Path(args.output_dir)), seed_fault(args.seed))
+    if faults := [fault for fault in found if fault is not None]:
+        from ..recipes import RecipeError  # imports TRL, which the organism does not need
+
+        raise RecipeError(faults)
     try:
         organism = build_organism(args.output_dir, seed=args.seed)
     except ValueError as error:

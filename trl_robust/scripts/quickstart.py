@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from .inputs import folder_fault, seed_fault
+
 if TYPE_CHECKING:
     from ..attacks import Attack
 
@@ -47,20 +49,17 @@ def make_parser() -> argparse.ArgumentParser:
         prog="trl-robust quickstart", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output_dir", type=Path, default=Path("trl-robust-quickstart"), help="folder for everything")
-    parser.add_argument("--seed", type=_seed, default=0, help="seed of the world, the models and the trainings")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the world, the models and the trainings")
     parser.add_argument("--config", type=Path, default=None, help="another recipe than recipes/quickstart.yaml")
     return parser
 
 
-def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed < 2**32:
-        raise argparse.ArgumentTypeError(f"{seed} is not between 0 and {2**32 - 1}")
-    return seed
-
-
 def main(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
+    if faults := [fault for fault in (folder_fault(args.output_dir), seed_fault(args.seed)) if fault is not None]:
+        from ..recipes import RecipeError
+
+        raise RecipeError(faults)
     run(args.output_dir, args.seed, args.config)
     return 0
 

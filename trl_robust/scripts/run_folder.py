@@ -14,9 +14,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import __version__
 from ..recipes import Recipe, RecipeError
+from ..recipes.resolved import HEADER
+from .inputs import folder_fault
 
 RUN = "run.json"
 RECIPE = "recipe.yaml"
+README = "README.md"
 LIBRARIES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -35,11 +38,11 @@ def checkpoint_to_resume(recipe: Recipe) -> str | None:
         [`~trl_robust.recipes.RecipeError`]: the folder holds an earlier run, or the checkpoint is not there.
     """
     folder, resume = Path(str(recipe.training.output_dir)), recipe.training.resume_from_checkpoint
-    fault = None
+    fault = folder_fault(folder)
+    if fault:
+        raise RecipeError([fault], recipe.source)
     found: Path | None = None
-    if folder.exists() and not folder.is_dir():
-        fault = f"`output_dir` is {folder}, which is a file. Name a folder."
-    elif resume is None or resume.lower() == "false":
+    if resume is None or resume.lower() == "false":
         fault = _earlier_run(folder)
     elif resume.lower() == "true":
         # A checkpoint whose saving was cut short has no state yet.
@@ -68,6 +71,13 @@ def _earlier_run(folder: Path) -> str | None:
     """Why a run must not start in a folder: what it would write over."""
     marks = (RUN, "checkpoint-*", "*.safetensors", "*.bin", "config.json")
     found = sorted(path.name for mark in marks for path in folder.glob(mark))
+    ours = (folder / RECIPE).is_file() and (folder / RECIPE).read_bytes().startswith(HEADER.encode())
+    foreign = [] if ours else [name for name in (RECIPE, README) if (folder / name).exists()]
+    if not found and foreign:
+        return (
+            f"`output_dir` {folder} holds {' and '.join(foreign)} that trl-robust did not write; nothing is written "
+            "over. Name another folder."
+        )
     if not found:
         return None
     more = "" if len(found) == 1 else f" and {len(found) - 1} more"

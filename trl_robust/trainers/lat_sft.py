@@ -133,7 +133,9 @@ class LATSFTTrainer(SFTTrainer):
                 "`kl_coef` is a weight on benign data, and no `benign_dataset` is given. Give one, or set it to 0."
             )
         # `SFTTrainer.__init__` calls `_prepare_dataset`, so what that needs stands here.
-        train_dataset = as_prompt_completion(train_dataset, "training", needs_rejected=args.needs_rejected)
+        train_dataset = as_prompt_completion(
+            train_dataset, "training", needs_rejected=args.needs_rejected, needs_prompt=args.needs_prompt
+        )
         uses_benign = benign_dataset is not None and (args.sft_coef or args.kl_coef)
         if not (args.toward_coef or args.away_coef or uses_benign):
             raise ValueError(
@@ -199,9 +201,14 @@ class LATSFTTrainer(SFTTrainer):
         is_training = dataset is self._training_rows
         if not is_training:  # the evaluation datasets, at construction or given to `evaluate`
             # Without rejected completions a targeted attack would draw the model to the wanted ones.
-            targeted = args.eval_under_attack and args.attacks and args.attack_objective == "targeted"
+            attacked = args.eval_under_attack and args.attacks
             name = "evaluation" if dataset_name == "eval" else dataset_name
-            dataset = as_prompt_completion(dataset, name, needs_rejected=targeted)
+            dataset = as_prompt_completion(
+                dataset,
+                name,
+                needs_rejected=attacked and args.attack_objective == "targeted",
+                needs_prompt=attacked and args.needs_prompt,
+            )
         if "input_ids" in dataset.column_names:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         wanted = dataset.remove_columns("rejected") if "rejected" in dataset.column_names else dataset
