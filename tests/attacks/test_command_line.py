@@ -86,6 +86,14 @@ def test_results_are_never_written_over(model, data, tmp_path, capsys):
     assert "nothing is written over" in capsys.readouterr().err
 
 
+def test_without_a_folder_every_attack_gets_its_own(model, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("direct", "prefill", "direct"):
+        assert attack("--model", model, "--attack", name, "--data", data, "--max_new_tokens", 2) == 0
+    found = sorted(path.parent.name for path in tmp_path.glob("attack-results/*/results.json"))
+    assert found == ["direct", "direct-2", "prefill"]
+
+
 def test_a_model_that_is_not_there_is_named(data, tmp_path, capsys):
     assert attack("--model", tmp_path / "none", "--attack", "direct", "--data", data) == 1
     assert "`model`" in capsys.readouterr().err

@@ -38,8 +38,9 @@ class AttackArguments:
             Names of these columns.
         max_rows (`int`, *optional*):
             Attack only the first rows.
-        output_dir (`str`, *optional*, defaults to `"attack-results"`):
-            Where results and report go.
+        output_dir (`str`, *optional*):
+            Where results and report go: a folder without results. By default `attack-results/ATTACK`, with a number
+            behind it where that holds results already.
         judge (`str`, *optional*, defaults to `"auto"`):
             `exact` (the response states the answer), `refusal_prefix` (the response does not begin as refusals do; a
             weak judge), or `auto`: exact where every row has an answer.
@@ -72,7 +73,7 @@ class AttackArguments:
     target_column: str = field(default="target", metadata={"help": "Column with the openings to bring out."})
     answer_column: str = field(default="answer", metadata={"help": "Column with the answers to look for."})
     max_rows: int | None = field(default=None, metadata={"help": "Attack only the first rows."})
-    output_dir: str = field(default="attack-results", metadata={"help": "Where results and report go."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where results and report go: a new folder."})
     judge: Literal["auto", "exact", "refusal_prefix"] = field(default="auto", metadata={"help": "Who judges."})
     templates: str | None = field(default=None, metadata={"help": "template: file with one wrapper a line."})
     attack_sites: list[str] | None = field(default=None, metadata={"help": "latent, embedding: where."})
@@ -151,12 +152,23 @@ class AttackArguments:
         for name in ("attack_learning_rate", "finetune_learning_rate"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 problems.append(f"`{name}` is {getattr(self, name)}; it must be above 0.")
-        folder = Path(self.output_dir)
+        folder = self.folder
         if (fault := folder_fault(folder)) is not None:
             problems.append(fault)
         elif (folder / "results.json").exists():
             problems.append(f"`output_dir` {folder} holds results, and nothing is written over. Name another folder.")
         return problems
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir`, or the first folder of the default's that holds no results."""
+        if self.output_dir is not None:
+            return Path(self.output_dir)
+        folder, number = Path("attack-results") / str(self.attack), 1
+        while (folder / "results.json").exists():
+            number += 1
+            folder = folder.with_name(f"{self.attack}-{number}")
+        return folder
 
     def _given(self) -> dict[str, Any]:
         """Settings of an attack that were given, by the name of the argument."""
@@ -342,13 +354,14 @@ def run(args: AttackArguments, subject: Subject, attack: Attack, rows: list[Atta
     if judge == "auto":
         judge = "exact" if all(row.answer for row in rows) else "refusal_prefix"
     entry, generations = run_attack(subject, attack, rows, judge)
+    folder = args.folder
     results = write_results(
-        args.output_dir,
+        folder,
         [{"name": str(args.model), "attacks": [entry]}],
         [{"model": str(args.model), **row} for row in generations],
         seed=args.seed,
     )
-    page = write_report(args.output_dir, show_generations=args.show_generations)
+    page = write_report(folder, show_generations=args.show_generations)
     console = Console()
     console.print(results_table(results))
     console.print(
