@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -123,9 +124,11 @@ class TestRun:
         assert sorted(os.listdir(tmp_path / "run")) == ["recipe.yaml"]
 
     def test_a_type_error_of_the_trainer_is_a_fault_of_the_program(self, recipe, tmp_path, monkeypatch):
-        scope = {"__name__": "trl.trainer"}  # as `fault_of` sees code of TRL
-        exec("def broken(**options):\n    raise TypeError('unexpected keyword')", scope)
-        monkeypatch.setattr(lat_sft, "LATSFTTrainer", scope["broken"])
+        def broken(**options):
+            raise TypeError("unexpected keyword")
+
+        as_if_in_trl = types.FunctionType(broken.__code__, {"__name__": "trl.trainer"})
+        monkeypatch.setattr(lat_sft, "LATSFTTrainer", as_if_in_trl)
         with pytest.raises(TypeError, match="unexpected keyword"):
             main(["lat-sft", "--config", recipe(), "--output_dir", str(tmp_path / "run")])
 
