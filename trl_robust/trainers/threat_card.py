@@ -33,7 +33,7 @@ def threat_section(args: LATSFTConfig, threat: ThreatModel) -> str:
         )
     weights = ", ".join(f"{name} {getattr(args, f'{name}_coef'):g}" for name in ("toward", "away", "sft", "kl"))
     return (
-        f"\n## Threat model\n\nTrained with trl-robust. {attack} Weights of "
+        f"\n\n## Threat model\n\nTrained with trl-robust. {attack} Weights of "
         f"the loss: {weights}; {args.updates_per_attack} update(s) an attack.\n\nA model that withstands these "
         "perturbations has been tested against these perturbations. Attacks of another kind may still succeed.\n"
     )
