@@ -243,6 +243,21 @@ class TestQuantised:
         trained = [value for name, value in model.named_parameters() if "lora_B" in name]
         assert any(value.abs().sum() > 0 for value in trained)
 
+    def test_a_4_bit_run_goes_on_bit_for_bit(self, recipe, tmp_path):
+        """PEFT loads its bfloat16 adapters as float32."""
+        path = recipe(
+            dtype="bfloat16", load_in_4bit=True, bnb_4bit_quant_type="nf4", use_peft=True, lora_r=4,
+            lora_target_modules=["q_proj", "v_proj"], bf16=True, max_steps=4, save_strategy="steps", save_steps=2,
+        )  # fmt: skip
+        assert main(["lat-sft", "--config", path, "--output_dir", str(tmp_path / "whole")]) == 0
+        start = str(tmp_path / "whole" / "checkpoint-2")
+        words = ["--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", start]
+        assert main(["lat-sft", "--config", path, *words]) == 0
+        whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "resumed"))
+        assert whole.keys() == resumed.keys()
+        for name, value in whole.items():
+            assert value.dtype == resumed[name].dtype and torch.equal(value, resumed[name]), name
+
 
 class TestLauncher:
     def test_launch_keys_start_the_script_through_accelerate_and_its_exit_code_comes_back(

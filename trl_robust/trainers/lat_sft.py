@@ -486,7 +486,12 @@ class LATSFTTrainer(SFTTrainer):
             save_held(self._held, folder / HELD_NAME.format(self.accelerator.process_index))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # PEFT loads the bfloat16 adapters that TRL gives a 4-bit model as float32: another precision than before.
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes.get(name, parameter.dtype):
+                parameter.data = parameter.data.to(dtypes[name])
         folder = Path(resume_from_checkpoint)
         if (folder / STATE_NAME).is_file():
             state = json.loads((folder / STATE_NAME).read_text())
