@@ -2,7 +2,7 @@
 
     python docs/make_lat_table.py --folder runs/quickstart-seeds --seeds 0 1 2 3 4
 
-About four minutes a seed on two CPU cores. Seeds that are finished are read, not run again.
+About five minutes a seed on two CPU cores. Seeds that are finished are read, not run again.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Builds (or reuses) a tiny language model with secrets it was aligned to keep, attacks it, trains it with latent
 adversarial training and, for comparison, five controls, attacks them all, and writes a report. No hub, no GPU; about
-four minutes on two CPU cores. Started again, it goes on where it stopped."""
+five minutes on two CPU cores. Started again, it goes on where it stopped."""
 
 BEFORE, TRAINED, RANDOM = "before training", "latent adversarial training", "random perturbation"
 PLAIN, AWAY = "refusal training", "refusal training + away"
