@@ -46,7 +46,7 @@ def offenders(rooms: set[str] | None, forbidden: tuple[str, ...], allowed: tuple
 
 def test_the_source_is_found_and_relative_imports_are_read():
     assert {"threat", "inner", "objectives", "trainers", "data", "attacks", "report"} <= {room_of(p) for p in MODULES}
-    assert "trl_robust.threat.balls" in imports_of(ROOT / "inner" / "pgd.py")
+    assert "trl_robust.threat.balls" in imports_of(ROOT / "inner" / "search.py")
     assert "trl.SFTTrainer" in imports_of(ROOT / "trainers" / "lat_sft.py")
     assert "trl_robust._compat" in imports_of(ROOT / "trainers" / "__init__.py")
     assert offenders({"trainers"}, ("trl",)) and not offenders({"trainers"}, ("tr",))

@@ -15,16 +15,37 @@ check_versions()
 _WHERE = {
     "ThreatModel": "threat",
     "find_perturbation": "inner",
+    "LATDPOConfig": "trainers",
+    "LATDPOTrainer": "trainers",
+    "LATRMUConfig": "trainers",
+    "LATRMUTrainer": "trainers",
     "LATSFTConfig": "trainers",
     "LATSFTTrainer": "trainers",
 }
 
-__all__ = ["LATSFTConfig", "LATSFTTrainer", "ThreatModel", "__version__", "find_perturbation"]
+__all__ = [
+    "LATDPOConfig",
+    "LATDPOTrainer",
+    "LATRMUConfig",
+    "LATRMUTrainer",
+    "LATSFTConfig",
+    "LATSFTTrainer",
+    "ThreatModel",
+    "__version__",
+    "find_perturbation",
+]
 
 if TYPE_CHECKING:
     from .inner import find_perturbation
     from .threat import ThreatModel
-    from .trainers import LATSFTConfig, LATSFTTrainer
+    from .trainers import (
+        LATDPOConfig,
+        LATDPOTrainer,
+        LATRMUConfig,
+        LATRMUTrainer,
+        LATSFTConfig,
+        LATSFTTrainer,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -101,22 +102,16 @@ def check_seams() -> None:
     Raises:
         `IncompatibleVersionError`: naming everything that is missing or behaves differently.
     """
-    from trl import SFTTrainer
+    import trl.trainer.utils
+    from trl import DPOTrainer, SFTTrainer
     from trl.trainer import add_fused_lm_head
     from trl.trainer.utils import FusedCausalLMOutput
 
-    expected = {
+    shared = {
         "training_step": [],  # TRL passes everything on
         "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
         "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
-        "_prepare_dataset": [
-            "dataset",
-            "processing_class",
-            "args",
-            "packing",
-            "formatting_func",
-            "dataset_name",
-        ],
+        "_prepare_dataset": ["dataset", "processing_class", "args", "dataset_name"],
         "evaluation_loop": [],
         "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
         "_set_signature_columns_if_needed": [],
@@ -125,15 +120,22 @@ def check_seams() -> None:
         "_get_train_sampler": ["train_dataset"],
         "create_model_card": [],
     }
+    own = {
+        SFTTrainer: {"_prepare_dataset": ["packing", "formatting_func"]},
+        DPOTrainer: {"_precompute_ref_logps": ["dataset", "name", "batch_size"]},
+    }
     problems = []
-    for name, parameters in expected.items():
-        method = getattr(SFTTrainer, name, None)
-        if method is None:
-            problems.append(f"SFTTrainer.{name} is gone.")
-            continue
-        missing = [parameter for parameter in parameters if parameter not in inspect.signature(method).parameters]
-        if missing:
-            problems.append(f"SFTTrainer.{name} no longer takes {missing}.")
+    for trainer, more in own.items():
+        for name in shared | more:
+            method = getattr(trainer, name, None)
+            if method is None:
+                problems.append(f"{trainer.__name__}.{name} is gone.")
+                continue
+            taken = inspect.signature(method).parameters
+            if missing := [each for each in (*shared.get(name, ()), *more.get(name, ())) if each not in taken]:
+                problems.append(f"{trainer.__name__}.{name} no longer takes {missing}.")
+    if not callable(getattr(trl.trainer.utils, "use_adapter", None)):
+        problems.append("trl.trainer.utils.use_adapter is gone.")
     fields = getattr(FusedCausalLMOutput, "__dataclass_fields__", {})
     problems += [f"FusedCausalLMOutput has no {name}." for name in ("log_probs", "label_mask") if name not in fields]
     if not callable(add_fused_lm_head):
@@ -159,3 +161,21 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, flag):
             setattr(module, flag, False)
+
+
+def use_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[None]:
+    """
+    Runs a `PeftModel` with another adapter, or with none.
+
+    Args:
+        model (`nn.Module`):
+            A `PeftModel`.
+        name (`str`, *optional*):
+            Name of an adapter; all are off if not given.
+
+    Returns:
+        A context manager.
+    """
+    from trl.trainer.utils import use_adapter as use
+
+    return use(model, name)

@@ -25,7 +25,10 @@ VERBS = {
     "quickstart": ("quickstart", "train and attack the embedded model, and print the table: no hub, no GPU"),
     "organism": ("organism", "build the embedded model and its data into a folder"),
     "lat-sft": ("lat_sft", "latent adversarial training on SFT"),
+    "lat-dpo": ("lat_dpo", "latent adversarial training on DPO"),
+    "lat-rmu": ("lat_rmu", "unlearning by representation misdirection (RMU), under latent attack"),
     "attack": ("attack", "one attack on one model"),
+    "sweep": ("sweep", "a grid of runs, measured and compared"),
     "validate": ("validate", "check recipes without running them"),
 }
 """Verb -> module in `trl_robust.scripts`, and what it does. Modules are imported when their verb is used."""

@@ -7,6 +7,7 @@ model computes in it), whatever the logits come in.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +49,25 @@ class LabelLogits:
         Returns:
             `torch.Tensor` of shape `(B,)`; 0 for a row without labels.
         """
-        sums = values.new_zeros(self.num_rows).index_add(0, self.rows, values)
-        counts = torch.bincount(self.rows, minlength=self.num_rows)
-        return sums / counts.clamp(min=1)
+        return self.row_sums(values) / self.row_counts.clamp(min=1)
+
+    def row_sums(self, values: torch.Tensor) -> torch.Tensor:
+        """
+        Sum over the labelled tokens of every row.
+
+        Args:
+            values (`torch.Tensor` of shape `(N,)`):
+                One number a labelled position.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`; 0 for a row without labels.
+        """
+        return values.new_zeros(self.num_rows).index_add(0, self.rows, values)
+
+    @property
+    def row_counts(self) -> torch.Tensor:
+        """Number of labelled tokens of every row, `torch.Tensor` of shape `(B,)`."""
+        return torch.bincount(self.rows, minlength=self.num_rows)
 
 
 def label_logits(
@@ -155,3 +172,112 @@ def kl_divergence(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch
     log_probs = _exact(logits).log_softmax(-1)
     reference = _exact(reference_logits).detach().log_softmax(-1)
     return (log_probs.exp() * (log_probs - reference)).sum(-1)
+
+
+def self_normalised(divergence: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """
+    A KL term divided by its own value, as the reference code trains on it (lat.md 3, defect D8): its value is about 1
+    and its gradient that of the logarithm, so the pull towards the reference is strongest where little is missing.
+
+    The code takes the mean over vocabulary and tokens before it adds `1e-8`; in our unit, the sum over the vocabulary,
+    that is `1e-8 * vocabulary`.
+
+    Args:
+        divergence (`torch.Tensor`):
+            Scalar: KL in nats a token.
+        vocabulary (`int`):
+            Size of the vocabulary.
+
+    Returns:
+        `torch.Tensor`: a scalar; 0, without a gradient to speak of, where the divergence is exactly 0.
+    """
+    return divergence / (divergence.detach() + 1e-8 * vocabulary)
+
+
+def floored(losses: torch.Tensor, floor: float, slope: float = 1e-3) -> torch.Tensor:
+    """
+    A loss whose gradient all but ends below a floor: `floor + slope * loss` there (the cut-offs of 2405.15589).
+
+    Args:
+        losses (`torch.Tensor`):
+            Losses, of any shape.
+        floor (`float`):
+            Where they count as low enough.
+        slope (`float`, *optional*, defaults to `1e-3`):
+            What is left of the gradient below.
+
+    Returns:
+        `torch.Tensor` of the shape of `losses`.
+    """
+    return torch.where(losses < floor, floor + slope * losses, losses)
+
+
+PreferenceType = Literal["sigmoid", "ipo", "robust"]
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """
+    Loss of preferring one completion to another, as TRL's `DPOTrainer` computes it for these loss types.
+
+    Args:
+        loss_type (`str`, *optional*, defaults to `"sigmoid"`):
+            `"sigmoid"` (2305.18290), `"ipo"` (2310.12036, on log-ratios a token) or `"robust"` (2403.00409, the
+            sigmoid with label smoothing).
+        beta (`float`, *optional*, defaults to `0.1`):
+            Strength of the pull to the reference.
+        label_smoothing (`float`, *optional*, defaults to `0.0`):
+            Share of the preferences that `"robust"` takes to be the wrong way round, below 0.5.
+    """
+
+    loss_type: PreferenceType = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __call__(
+        self,
+        preferred: torch.Tensor,
+        other: torch.Tensor,
+        preferred_tokens: torch.Tensor,
+        other_tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        The loss of every pair.
+
+        Args:
+            preferred (`torch.Tensor` of shape `(B,)`):
+                Log-probability of the preferred completion, less that under the reference.
+            other (`torch.Tensor` of shape `(B,)`):
+                The same of the other completion.
+            preferred_tokens (`torch.Tensor` of shape `(B,)`):
+                Length of the preferred completion in tokens.
+            other_tokens (`torch.Tensor` of shape `(B,)`):
+                Length of the other.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`.
+        """
+        if self.loss_type == "ipo":
+            margin = preferred / preferred_tokens.clamp(min=1) - other / other_tokens.clamp(min=1)
+            return (margin - 1 / (2 * self.beta)) ** 2
+        margin = self.beta * (preferred - other)
+        if self.loss_type == "sigmoid":
+            return -F.logsigmoid(margin)
+        smoothing = self.label_smoothing
+        return (smoothing * F.logsigmoid(-margin) - (1 - smoothing) * F.logsigmoid(margin)) / (1 - 2 * smoothing)
+
+
+def steering_error(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """
+    Squared distance of hidden states from a target, a mean over their coordinates (the two terms of RMU, 2403.03218).
+
+    Args:
+        states (`torch.Tensor` of shape `(N, H)`):
+            Hidden states.
+        target (`torch.Tensor` of shape `(N, H)` or `(H,)`):
+            Where they should be; no gradient flows into it.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`.
+    """
+    return (_exact(states) - _exact(target).detach()).square().mean(-1)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from trl_robust.cli import main
 from trl_robust.data import content_hash, load_rows
 from trl_robust.recipes import launching, load_recipe, recipe_text, resolved_recipe
-from trl_robust.scripts import lat_sft
+from trl_robust.scripts import lat_sft, training
 from trl_robust.scripts.run_folder import checkpoint_to_resume
 from trl_robust.trainers import LATSFTTrainer
 
@@ -128,7 +128,7 @@ class TestRun:
             raise TypeError("unexpected keyword")
 
         as_if_in_trl = types.FunctionType(broken.__code__, {"__name__": "trl.trainer"})
-        monkeypatch.setattr(lat_sft, "LATSFTTrainer", as_if_in_trl)
+        monkeypatch.setitem(training.TRAINERS, "lat-sft", as_if_in_trl)
         with pytest.raises(TypeError, match="unexpected keyword"):
             main(["lat-sft", "--config", recipe(), "--output_dir", str(tmp_path / "run")])
 
@@ -160,7 +160,7 @@ class TestRun:
     def test_quiet_says_nothing(self, recipe, tmp_path, capsys):
         loaded = load_recipe("lat-sft", ["--config", recipe(), "--output_dir", str(tmp_path / "run")])
         capsys.readouterr()
-        trainer = lat_sft.run(loaded, quiet=True)
+        trainer = training.run(loaded, quiet=True)
         assert isinstance(trainer, LATSFTTrainer)
         out, err = capsys.readouterr()
         assert out == ""

@@ -41,13 +41,13 @@ def test_the_last_user_turn_of_conversations_is_perturbed(tmp_path, monkeypatch)
     data = preference_data(conversational=True)
     trainer = make(tmp_path, **ATTACK, data=data, attack_positions="last_user", shuffle_dataset=True, max_steps=2)
     seen = []
-    real = trainer._attack
+    real = trainer.adversary._find
 
-    def attack(inputs, *draw):
-        seen.append((inputs, real(inputs, *draw)))
+    def find(batch, *draw):
+        seen.append((batch, real(batch, *draw)))
         return seen[-1][1]
 
-    monkeypatch.setattr(trainer, "_attack", attack)
+    monkeypatch.setattr(trainer.adversary, "_find", find)
     trainer.train()
     asked = {row["prompt"][-1]["content"] for row in data}
     tokenizer = make_tokenizer()

@@ -1,18 +1,21 @@
 """What a trainer or its configuration will not do, with the reason and the way out; and the frozen list of keys."""
 
+import inspect
 from dataclasses import MISSING, fields
 
 import pytest
 from datasets import Dataset
 from runs import ATTACK, STOCK, benign_data, make
 from tiny import completion_data, preference_data, tiny_model
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
-from trl_robust import LATSFTConfig
+from trl_robust import LATDPOConfig, LATRMUConfig, LATSFTConfig
 from trl_robust.data import DataError
 
-KEYS = {
+ATTACK_KEYS = {
     "attack_sites": ["0.25", "0.5", "0.75", "0.94"],
+    "attack_site_choice": "all",
+    "attack_num_sites": 1,
     "attack_stream": "layer",
     "attack_positions": "prompt",
     "attack_norm": "l2",
@@ -26,40 +29,67 @@ KEYS = {
     "attack_objective": "targeted",
     "attack_toward_coef": 1.0,
     "attack_away_coef": 0.0,
-    "toward_coef": 1.0,
-    "away_coef": 0.0,
-    "sft_coef": 1.0,
-    "kl_coef": 0.0,
-    "benign_per_example": 1,
+    "refusal_direction_every": 4,
+    "refusal_direction_prob": 0.5,
     "updates_per_attack": 1,
     "eval_under_attack": False,
+    "trained_layers": [],
+    "trained_modules": [],
+    "reset_optimizer": False,
+    "faithful": False,
+}
+BENIGN_KEYS = {"sft_coef": 1.0, "kl_coef": 0.0, "kl_form": "mean", "benign_per_example": 1}
+KEYS = {
+    LATSFTConfig: {
+        **ATTACK_KEYS,
+        **BENIGN_KEYS,
+        "toward_coef": 1.0,
+        "away_coef": 0.0,
+        "away_loss": "unlikelihood",
+        "toward_cutoff": 0.0,
+        "away_cutoff": float("inf"),
+    },
+    LATDPOConfig: {**ATTACK_KEYS, **BENIGN_KEYS, "attack_objective": "swapped"},
+    LATRMUConfig: {
+        **ATTACK_KEYS,
+        "attack_sites": ["0.22"],
+        "attack_positions": "all",
+        "attack_radius": 2.0,
+        "attack_away_coef": 1.0,
+        "rmu_layer": "0.25",
+        "rmu_steering_coef": 6.5,
+        "rmu_retain_coef": 1200.0,
+        "trained_modules": ["down_proj"],
+    },
 }
 """The public keys with their defaults. To change one is to change what a user's recipe means."""
+BASES = {LATSFTConfig: SFTConfig, LATDPOConfig: DPOConfig, LATRMUConfig: SFTConfig}
 
 
 def config(**changes):
     return LATSFTConfig("unused", **{**STOCK, **changes})
 
 
-def test_the_public_keys_and_their_defaults_are_frozen():
-    inherited = {field.name for field in fields(SFTConfig)}
-    ours = {field.name: field for field in fields(LATSFTConfig) if field.name not in inherited}
+@pytest.mark.parametrize("kind", list(KEYS))
+def test_the_public_keys_and_their_defaults_are_frozen(kind):
+    inherited = {field.name for field in fields(BASES[kind])}
+    ours = {field.name: field for field in fields(kind) if field.name not in inherited}
     defaults = {
         name: field.default if field.default is not MISSING else field.default_factory()
         for name, field in ours.items()
     }
-    assert defaults == KEYS
-    restated = {f.name for f in fields(LATSFTConfig)} & set(LATSFTConfig.__annotations__) & inherited
-    assert not restated
+    assert defaults == KEYS[kind]
+    restated = {name for cls in kind.__mro__ if "trl_robust" in cls.__module__ for name in cls.__annotations__}
+    assert not restated & inherited
 
 
-def test_every_key_is_documented_with_its_default_and_has_a_help_text():
-    import inspect
-
-    text = inspect.getdoc(LATSFTConfig)
-    for field in fields(LATSFTConfig):
-        if field.name in KEYS:
-            assert f"\n{field.name} (`" in text.replace("    ", ""), field.name
+@pytest.mark.parametrize("kind", list(KEYS))
+def test_every_key_is_documented_with_its_default_and_has_a_help_text(kind):
+    own = [cls for cls in kind.__mro__ if "trl_robust" in cls.__module__]
+    for field in fields(kind):
+        if field.name in KEYS[kind]:
+            (owner, *_) = [cls for cls in own if field.name in cls.__annotations__]
+            assert f"\n{field.name} (`" in inspect.getdoc(owner).replace("    ", ""), field.name
             assert field.metadata["help"] and "%" not in field.metadata["help"].replace("%%", "")
 
 
@@ -78,8 +108,17 @@ def test_all_faults_of_a_configuration_are_named_in_one_message_with_their_keys(
             attack_optimizer="sgd",
             attack_init="ones",
             attack_objective="target",
+            attack_site_choice="best",
+            attack_num_sites=0,
+            refusal_direction_every=0,
+            refusal_direction_prob=1.5,
+            trained_layers=["embedding"],
             away_coef=-0.5,
+            away_loss="ascent",
+            toward_cutoff=-1.0,
+            away_cutoff=-1.0,
             kl_coef=float("nan"),
+            kl_form="max",
             benign_per_example=0,
             updates_per_attack=0,
             packing=True,
@@ -87,7 +126,8 @@ def test_all_faults_of_a_configuration_are_named_in_one_message_with_their_keys(
         )
     message = str(caught.value)
     sound = {"attack_sites", "attack_toward_coef", "attack_away_coef", "toward_coef", "sft_coef", "eval_under_attack"}
-    for key in [*sorted(set(KEYS) - sound), "packing", "torch_compile"]:
+    sound |= {"trained_modules", "reset_optimizer", "faithful"}
+    for key in [*sorted(set(KEYS[LATSFTConfig]) - sound), "packing", "torch_compile"]:
         assert f"`{key}`" in message, key
     assert "attack_sites: Site 'layer 3' is unknown" in message
     assert "attack_sites: Site 1.5 is a fraction" in message

@@ -58,12 +58,12 @@ def test_a_resumed_run_does_not_measure_its_radius_again(tmp_path, monkeypatch):
     whole = train(tmp_path / "whole", **settings, save_strategy="steps", save_steps=2)
     state = json.loads((tmp_path / "whole" / "checkpoint-2" / "lat_state.json").read_text())
     assert state["schema"] == 1
-    radii = {site: 0.03 * state["median_norms"][str(site)] for site in whole.threat.sites}
-    assert whole.threat.radius == radii  # bit for bit, so that a resumed run has the very same radius
+    radii = {site: 0.03 * state["median_norms"][str(site)] for site in whole.adversary.threat.sites}
+    assert whole.adversary.threat.radius == radii  # bit for bit, so that a resumed run has the very same radius
     resumed = make(tmp_path / "resumed", **settings)
-    monkeypatch.setattr("trl_robust.trainers.lat_sft.median_norms", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr("trl_robust.trainers.adversary.median_norms", lambda *args: pytest.fail("measured again"))
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert resumed.threat == whole.threat
+    assert resumed.adversary.threat == whole.adversary.threat
 
 
 def test_perturbations_are_saved_only_where_the_next_update_needs_them(tmp_path):
@@ -83,7 +83,7 @@ def test_forgetting_the_held_perturbations_would_be_seen(tmp_path):
 
     def load(*args, **kwargs):
         real(*args, **kwargs)
-        for perturbation in resumed._held:
+        for perturbation in resumed.adversary.held:
             for delta in perturbation.deltas.values():
                 delta.zero_()
 

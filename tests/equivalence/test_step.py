@@ -8,8 +8,9 @@ from transformers import TrainerCallback
 
 from trl_robust.data import DataError
 from trl_robust.inner import Perturbation
+from trl_robust.objectives import label_logits
 from trl_robust.threat import decoder_layers, ranks
-from trl_robust.trainers import lat_sft
+from trl_robust.trainers import adversary
 from trl_robust.trainers.held import load_held, save_held
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "dropout": 0.0}
@@ -19,14 +20,14 @@ SGD = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "dropout": 0.0}
 def searches(monkeypatch):
     """Every search: the batch that it was given, and the perturbation found."""
     made = []
-    real = lat_sft.find_perturbation
+    real = adversary.find_perturbation
 
     def find(model, batch, threat, **settings):
         found = real(model, batch, threat, **settings)
         made.append((batch, found))
         return found
 
-    monkeypatch.setattr(lat_sft, "find_perturbation", find)
+    monkeypatch.setattr(adversary, "find_perturbation", find)
     return made
 
 
@@ -108,7 +109,8 @@ def test_lat_9_3_every_micro_batch_of_an_accumulated_step_is_trained_under_its_o
 def test_the_targeted_attack_draws_the_model_to_the_rejected_completion(tmp_path, searches):
     trainer = make(tmp_path, **ATTACK, max_steps=1)
     inputs = next(iter(trainer.get_train_dataloader()))
-    trainer._attack(inputs, 0, 0)
+    with trainer.adversary.attacking(trainer._attack_batch(inputs), 0, 1):
+        pass
     (given, found), *_ = searches
     assert torch.equal(given["labels"], inputs["away_labels"])
     assert torch.equal(given["away_labels"], inputs["labels"])
@@ -226,7 +228,8 @@ def test_a_model_trained_whole_is_held_to_a_frozen_copy_of_its_start(tmp_path):
     trainer = make(tmp_path, **EVERYTHING, benign=benign_data(), dropout=None, max_steps=3)
     start = weights(trainer)
     trainer.train()
-    assert_same({name: p.detach() for name, p in trainer.ref_model.named_parameters()}, start)
+    with trainer.base.restored():
+        assert_same(weights(trainer), start)
     assert distance(weights(trainer), start) > 1e-3
     divergence = losses(trainer, "kl_loss")
     assert divergence[0] == pytest.approx(0.0, abs=1e-7) and divergence[1] > 1e-6
@@ -237,8 +240,11 @@ def test_the_reference_is_taken_without_dropout_and_without_the_perturbation(tmp
     trainer = make(tmp_path, **EVERYTHING, benign=benign_data(), dropout=0.5, model=model, max_steps=1)
     benign = next(iter(trainer.get_train_dataloader()))["benign"]
     trainer.model.train()
-    one, other = trainer._reference_logits(benign), trainer._reference_logits(benign)
-    assert torch.equal(one, other) and trainer.model.training and not one.requires_grad
+    logits = []
+    for _ in range(2):
+        with trainer.base.restored():
+            logits.append(label_logits(trainer.model, **benign).logits)
+    assert torch.equal(*logits) and trainer.model.training and not logits[0].requires_grad
     assert [p.requires_grad for p in trainer.model.parameters()].count(True) > 0
 
 
@@ -263,7 +269,7 @@ def test_nothing_of_an_attack_is_left_on_the_model_after_training(tmp_path):
     # transformers puts one hook on the embedding when training with checkpointing begins.
     changed = {name for name in start if after[name] != start[name]}
     assert all("embed_tokens" in name for name in changed)
-    assert trainer._perturbation is None
+    assert trainer.adversary.current is None
     assert not any("forward" in module.__dict__ for module in decoder_layers(trainer.model))
 
 
@@ -277,7 +283,7 @@ def test_a_step_that_raises_leaves_no_perturbation_behind(tmp_path, monkeypatch)
     monkeypatch.setattr(trainer.accelerator, "backward", fail)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert trainer._perturbation is None
+    assert trainer.adversary.current is None
     after = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in decoder_layers(trainer.model).modules())
     assert after == hooks
 
@@ -299,7 +305,7 @@ def test_the_search_runs_once_for_every_m_updates_on_the_same_batch(tmp_path, se
 
     def compute(model, inputs, *args, **kwargs):
         steps.append(inputs["input_ids"])
-        installed.append(trainer._perturbation)
+        installed.append(trainer.adversary.current)
         return real(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = compute

@@ -10,7 +10,9 @@ from toys import Toy
 from watch import assert_unchanged, state_of
 
 from trl_robust import ThreatModel, find_perturbation
-from trl_robust.inner import NonBindingRadiusWarning, Perturbation, attack_mode, median_norms, pgd
+from trl_robust.inner import NonBindingRadiusWarning, Perturbation, attack_mode, median_norms
+from trl_robust.inner.search import Search
+from trl_robust.inner.terms import attack_terms
 from trl_robust.objectives import away, label_logits, toward
 from trl_robust.threat import boundary_fraction, decoder_layers, selected_ranks, vector_norms
 from trl_robust.threat.positions import ranks
@@ -31,9 +33,7 @@ def loss_at(model, found, deltas, selected, toward_coef=1.0, away_coef=0.0):
 
 
 def search_of(model, found, threat=THREAT, toward_coef=1.0, away_coef=0.0):
-    shares = pgd._shares(found, "targeted", toward_coef, away_coef)
-    selected = selected_ranks(found, threat.positions)
-    return pgd._Search(model, shares, threat, selected, found["input_ids"].device)
+    return Search(model, attack_terms(found, "targeted", toward_coef, away_coef), threat)
 
 
 # The gradient
@@ -79,7 +79,7 @@ def test_the_gradient_of_the_search_is_that_of_plain_autograd_with_and_without_t
     leaves = dict(zip(search.deltas, (value.requires_grad_() for value in values), strict=True))
     expected_loss = loss_at(model, found, leaves, search.selected, away_coef=0.5)
     expected = torch.autograd.grad(expected_loss, list(leaves.values()))
-    assert search.shares[0][0].prefix.output is not None
+    assert search.terms[0][1].output is not None
     assert torch.equal(first[0], resumed[0])
     torch.testing.assert_close(first[0], expected_loss.detach() / 4, rtol=1e-6, atol=1e-6)
     for one, other, plain in zip(first[1], resumed[1], expected, strict=True):

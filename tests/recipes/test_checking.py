@@ -1,5 +1,6 @@
 """What the data, the model's folder and the numbers have wrong: one fault each, before anything is loaded."""
 
+import json
 import shutil
 
 import pytest
@@ -78,10 +79,17 @@ class TestModel:
     def model(self, workplace, tmp_path):
         return shutil.copytree(workplace / "model", tmp_path / "model")
 
-    def test_an_adapter_is_to_be_merged(self, fault, tmp_path):
-        (tmp_path / "adapter").mkdir()
-        (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-        assert "Merge it into its base model first" in fault(model_name_or_path=str(tmp_path / "adapter"))
+    def test_an_adapter_is_trained_further_and_not_beside_a_new_one(self, load, fault, workplace, tmp_path):
+        folder = tmp_path / "adapter"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(workplace / "model")}))
+        assert load(model_name_or_path=str(folder)).notes == []
+        assert "Remove `use_peft`" in fault(model_name_or_path=str(folder), use_peft=True)
+        assert "`attack_sites`: Layer 99 does not exist" in fault(model_name_or_path=str(folder), attack_sites=[99])
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))
+        assert "an adapter of the model" in fault(model_name_or_path=str(folder))
+        (folder / "adapter_config.json").write_text("{}")
+        assert "its adapter_config.json cannot be used" in fault(model_name_or_path=str(folder))
 
     def test_a_folder_without_a_tokenizer(self, fault, model):
         for path in model.glob("*token*"):

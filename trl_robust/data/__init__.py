@@ -1,6 +1,7 @@
 """From the datasets a recipe names to the columns that are trained on."""
 
-from .collator import LATDataCollator
+from .collator import LATDataCollator, PreferenceCollator
+from .corpora import generic_label_rows, is_corpus_pairs, is_generic_labels, pair_corpora
 from .errors import DataError
 from .loading import as_conversation, content_hash, is_local, load_rows, where_looked
 from .preference import as_prompt_completion, check_none_lost, join_benign, last_user_span
@@ -8,13 +9,18 @@ from .preference import as_prompt_completion, check_none_lost, join_benign, last
 __all__ = [
     "DataError",
     "LATDataCollator",
+    "PreferenceCollator",
     "as_conversation",
     "as_prompt_completion",
     "check_none_lost",
     "content_hash",
+    "generic_label_rows",
+    "is_corpus_pairs",
+    "is_generic_labels",
     "is_local",
     "join_benign",
     "last_user_span",
     "load_rows",
+    "pair_corpora",
     "where_looked",
 ]

@@ -9,6 +9,7 @@ from datasets import Dataset
 from trl.data_utils import maybe_extract_prompt
 
 from .cells import check_cells, check_full, rows_named
+from .corpora import check_generic_labels, is_corpus_pairs, is_generic_labels
 from .errors import DataError
 
 COLUMNS = ("prompt", "completion", "chosen", "rejected")
@@ -20,8 +21,9 @@ def as_prompt_completion(
     """
     Brings preference data into prompt-completion form: `chosen` becomes `completion`, `rejected` stays beside it.
 
-    Prompt-completion data and language-modelling data pass unchanged; preference data with the prompt inside the
-    completions has it taken out, as TRL does.
+    Prompt-completion data, language-modelling data and tokens with generic labels pass unchanged; of texts to forget
+    and to retain, the latter become `text`; preference data with the prompt inside the completions has it taken out,
+    as TRL does.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -56,6 +58,15 @@ def as_prompt_completion(
         return dataset
     if len(dataset) == 0:
         raise DataError(f"The {name} dataset has no rows.")
+    if is_generic_labels(dataset) or is_corpus_pairs(dataset):
+        if needs_prompt:
+            raise DataError(_no_prompts(dataset, name))
+        if is_generic_labels(dataset):
+            check_generic_labels(dataset, name)
+            return dataset
+        check_cells(dataset, name, ("forget", "retain"))
+        check_full(dataset.rename_columns({"forget": "rejected", "retain": "chosen"}), name)
+        return dataset.rename_column("retain", "text")
     if needs_rejected and not {"chosen", "rejected"} <= set(columns):
         raise DataError(
             f"The {name} dataset has the columns {columns}; a targeted attack and the away term need preference data "
@@ -86,11 +97,15 @@ def as_prompt_completion(
     else:
         _check_values(dataset, name)
     if needs_prompt and "prompt" not in dataset.column_names:
-        raise DataError(
-            f"The {name} dataset has the columns {columns}, and the attack perturbs prompts, of which it has none. "
-            "Use prompt-completion data (`prompt` and `completion`), or `attack_positions: all`."
-        )
+        raise DataError(_no_prompts(dataset, name))
     return dataset
+
+
+def _no_prompts(dataset: Dataset, name: str) -> str:
+    return (
+        f"The {name} dataset has the columns {dataset.column_names}, and the attack perturbs prompts, of which it has "
+        "none. Use prompt-completion data (`prompt` and `completion`), or `attack_positions: all`."
+    )
 
 
 def _check_values(dataset: Dataset, name: str) -> None:

@@ -10,10 +10,11 @@ What a reader should know first:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -22,8 +23,86 @@ from ..threat.positions import ranks
 from ..threat.sites import Site, Stream, decoder, decoder_layers, hidden_states, mlp_of
 
 
+class Change(ABC):
+    """A change of the hidden states of one batch, which hooks apply: a [`Perturbation`] or an [`Ablation`]."""
+
+    selected: torch.Tensor
+    stream: Stream
+    _enabled: bool = True
+
+    @property
+    @abstractmethod
+    def sites(self) -> tuple[Site, ...]:
+        """Where the hidden states are changed."""
+
+    @abstractmethod
+    def _changed(self, states: torch.Tensor, site: Site, running: _RunningForward) -> torch.Tensor:
+        """The hidden states that come out where `states` went in."""
+
+    @contextmanager
+    def installed(self, model: nn.Module, *, copies: int = 1) -> Iterator[Self]:
+        """
+        Applies the change to every forward pass of the batch inside the `with` block, generation included.
+
+        The rows of a forward pass must be the rows of the batch, in the same order; their padding and completions may
+        differ. Hooks are removed on leaving the block, also after an exception. Keep the block open until `backward`
+        is done: with checkpointing, part of the forward pass runs again there.
+
+        Args:
+            model (`nn.Module`):
+                The model, outside distributed wrappers.
+            copies (`int`, *optional*, defaults to `1`):
+                How often the rows of the batch stand below one another in a forward pass: 2 in DPO, whose batches hold
+                the chosen completions of all rows and then the rejected ones.
+
+        Raises:
+            `RuntimeError`: a forward pass with another number of rows, or without a two-dimensional attention mask.
+        """
+        layers = decoder_layers(model)
+        running = _RunningForward(self.selected, copies)
+        with ExitStack() as hooks:
+            hook = decoder(model).register_forward_pre_hook(running.start, with_kwargs=True)
+            hooks.callback(hook.remove)
+            for site in self.sites:
+                if site == "embedding":
+                    hook = layers[0].register_forward_pre_hook(self._input_hook(site, running), with_kwargs=True)
+                else:
+                    module = mlp_of(layers[site]) if self.stream == "mlp" else layers[site]
+                    hook = module.register_forward_hook(self._output_hook(site, running))
+                hooks.callback(hook.remove)
+            yield self
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Forward passes inside this block run without the change, and may be of any batch."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    def _input_hook(self, site: Site, running: _RunningForward) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if not self._enabled:
+                return None
+            if args:
+                return (self._changed(args[0], site, running), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": self._changed(kwargs["hidden_states"], site, running)}
+
+        return hook
+
+    def _output_hook(self, site: Site, running: _RunningForward) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            if not self._enabled:
+                return None
+            changed = self._changed(hidden_states(output), site, running)
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return hook
+
+
 @dataclass
-class Perturbation:
+class Perturbation(Change):
     """
     Perturbations of the hidden states of one batch, and how they were found.
 
@@ -53,72 +132,49 @@ class Perturbation:
     boundary_fraction: dict[Site, float] = field(default_factory=dict)
     norms: dict[Site, float] = field(default_factory=dict)
     forward_passes: float = 0.0
-    _enabled: bool = field(default=True, repr=False)
 
-    @contextmanager
-    def installed(self, model: nn.Module) -> Iterator[Perturbation]:
-        """
-        Applies the perturbation to every forward pass of the batch inside the `with` block, generation included.
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(self.deltas)
 
-        The rows of a forward pass must be the rows of the batch, in the same order; their padding and completions may
-        differ. Hooks are removed on leaving the block, also after an exception. Keep the block open until `backward`
-        is done: with checkpointing, part of the forward pass runs again there.
+    def _changed(self, states: torch.Tensor, site: Site, running: _RunningForward) -> torch.Tensor:
+        return states + running.placed(self.deltas[site], states)
 
-        Args:
-            model (`nn.Module`):
-                The model, outside distributed wrappers.
 
-        Raises:
-            `RuntimeError`: a forward pass with another number of rows, or without a two-dimensional attention mask.
-        """
-        layers = decoder_layers(model)
-        running = _RunningForward(self.selected)
-        with ExitStack() as hooks:
-            hook = decoder(model).register_forward_pre_hook(running.start, with_kwargs=True)
-            hooks.callback(hook.remove)
-            for site in self.deltas:
-                if site == "embedding":
-                    hook = layers[0].register_forward_pre_hook(self._input_hook(site, running), with_kwargs=True)
-                else:
-                    module = mlp_of(layers[site]) if self.stream == "mlp" else layers[site]
-                    hook = module.register_forward_hook(self._output_hook(site, running))
-                hooks.callback(hook.remove)
-            yield self
+@dataclass
+class Ablation(Change):
+    """
+    Removal of one direction from the hidden states of one batch: `h - r r.h` (2409.20089), the zero-step adversary.
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Forward passes inside this block run without the perturbation, and may be of any batch."""
-        before, self._enabled = self._enabled, False
-        try:
-            yield
-        finally:
-            self._enabled = before
+    Args:
+        directions (`dict[Site, torch.Tensor]`):
+            For every site a float32 unit vector of shape `(H,)`.
+        selected (`torch.Tensor` of shape `(B, P)`):
+            Ranks from which it is removed.
+        stream (`str`, *optional*, defaults to `"layer"`):
+            `"layer"` or `"mlp"`.
+    """
 
-    def _input_hook(self, site: Site, running: _RunningForward) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            if not self._enabled:
-                return None
-            if args:
-                return (running.add(args[0], self.deltas[site]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": running.add(kwargs["hidden_states"], self.deltas[site])}
+    directions: dict[Site, torch.Tensor]
+    selected: torch.Tensor
+    stream: Stream = "layer"
 
-        return hook
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(self.directions)
 
-    def _output_hook(self, site: Site, running: _RunningForward) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-            if not self._enabled:
-                return None
-            perturbed = running.add(hidden_states(output), self.deltas[site])
-            return (perturbed, *output[1:]) if isinstance(output, tuple) else perturbed
-
-        return hook
+    def _changed(self, states: torch.Tensor, site: Site, running: _RunningForward) -> torch.Tensor:
+        direction = self.directions[site].to(states.device)
+        along = (states.float() @ direction).unsqueeze(-1) * direction
+        return states - (along * running.mask(states)).to(states.dtype)
 
 
 class _RunningForward:
     """Where the ranks of a perturbation lie in the forward pass that is running."""
 
-    def __init__(self, selected: torch.Tensor) -> None:
+    def __init__(self, selected: torch.Tensor, copies: int = 1) -> None:
         self.selected = selected
+        self.copies = copies
         self.rank: torch.Tensor | None = None
         self.applies: torch.Tensor | None = None
 
@@ -139,23 +195,29 @@ class _RunningForward:
         # During generation the mask covers the tokens in the cache as well; the last ones are those that run now.
         rank = ranks(mask)[:, -width:]
         self.rank = rank.clamp(max=width_of_delta - 1)
-        if tokens.shape[0] != self.selected.shape[0]:
+        if tokens.shape[0] != self.selected.shape[0] * self.copies:
             self.applies = None
             return
-        selected = self.selected.to(rank.device).gather(1, self.rank)
+        selected = self.selected.to(rank.device).repeat(self.copies, 1).gather(1, self.rank)
         self.applies = selected & (rank < width_of_delta) & mask[:, -width:].bool()
 
-    def add(self, states: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """`states` of shape `(B, T, H)` plus the delta of shape `(B, P, H)`, put where it belongs."""
+    def placed(self, delta: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """The delta of shape `(B, P, H)` put where it belongs in `states` of shape `(B * copies, T, H)`, else zero."""
+        applies = self.mask(states)
+        assert self.rank is not None  # `mask` has looked
+        index = self.rank.to(states.device).unsqueeze(-1).expand(-1, -1, states.shape[-1])
+        return (delta.to(states.device).repeat(self.copies, 1, 1).gather(1, index) * applies).to(states.dtype)
+
+    def mask(self, states: torch.Tensor) -> torch.Tensor:
+        """Which tokens of `states` are changed: `(B * copies, T, 1)`."""
         if self.rank is None or self.applies is None:
             raise RuntimeError(
-                f"A forward pass over {states.shape[0]} rows reached a perturbation of {self.selected.shape[0]} rows, "
-                "or came without a two-dimensional attention mask. Run the perturbed batch itself, or wrap other "
+                f"A forward pass over {states.shape[0]} rows reached a perturbation of {self.selected.shape[0]} rows"
+                + (f" x {self.copies}" if self.copies > 1 else "")
+                + ", or came without a two-dimensional attention mask. Run the perturbed batch itself, or wrap other "
                 "batches in `with perturbation.disabled():`."
             )
-        index = self.rank.to(states.device).unsqueeze(-1).expand(-1, -1, states.shape[-1])
-        placed = delta.to(states.device).gather(1, index) * self.applies.to(states.device).unsqueeze(-1)
-        return states + placed.to(states.dtype)
+        return self.applies.to(states.device).unsqueeze(-1)
 
 
 class CachedPrefix:
@@ -195,8 +257,8 @@ class CachedPrefix:
             elif self.last >= 0:
                 as_tuple = isinstance(self.output, tuple)
                 for layer in self.layers[: self.last]:
-                    self._shadow(layer, _hand_on(as_tuple), undo)
-                self._shadow(self.layers[self.last], lambda *args, **kwargs: self.output, undo)
+                    shadow(layer, hand_on(lambda: as_tuple), undo)
+                shadow(self.layers[self.last], lambda *args, **kwargs: self.output, undo)
             yield
 
     def _capture(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -204,19 +266,22 @@ class CachedPrefix:
         self.output = (detached, *output[1:]) if isinstance(output, tuple) else detached
         return self.output
 
-    @staticmethod
-    def _shadow(layer: nn.Module, forward: Any, undo: ExitStack) -> None:
-        # An attribute of the instance hides the method of the class. accelerate's device hooks do the same, so
-        # theirs must come back.
-        before = layer.__dict__.get("forward")
-        undo.callback(lambda: layer.__dict__.pop("forward") if before is None else setattr(layer, "forward", before))
-        layer.forward = forward
+
+def shadow(layer: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
+    """Has a layer run `forward` in place of its own until `undo` is closed."""
+    # An attribute of the instance hides the method of the class. accelerate's device hooks do the same, so theirs
+    # must come back.
+    before = layer.__dict__.get("forward")
+    undo.callback(lambda: layer.__dict__.pop("forward") if before is None else setattr(layer, "forward", before))
+    layer.forward = forward
 
 
-def _hand_on(as_tuple: bool) -> Any:
+def hand_on(as_tuple: Callable[[], bool]) -> Callable[..., Any]:
+    """A layer that hands on what it gets, in the form in which its like return it."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]
-        return (states,) if as_tuple else states
+        return (states,) if as_tuple() else states
 
     return forward
 

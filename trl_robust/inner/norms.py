@@ -10,8 +10,9 @@ from torch import nn
 from ..objectives import label_logits
 from ..threat.model import ThreatModel
 from ..threat.positions import ranks, selected_ranks
-from ..threat.sites import Site, decoder_layers, hidden_states, mlp_of
+from ..threat.sites import Site
 from .injection import attack_mode
+from .observing import observed
 
 
 def median_norms(
@@ -31,37 +32,16 @@ def median_norms(
     Returns:
         `dict[Site, float]`: the unit of a relative radius at every site.
     """
-    layers = decoder_layers(model)
     seen: dict[Site, list[torch.Tensor]] = {site: [] for site in threat.resolve_sites(model)}
 
     def keep(site: Site, states: torch.Tensor) -> None:
         seen[site].append(torch.linalg.vector_norm(states.detach().float(), dim=-1)[chosen.to(states.device)])
 
-    hooks = []
-    try:
-        for site in seen:
-            if site == "embedding":
-                hooks.append(
-                    layers[0].register_forward_pre_hook(
-                        lambda module, args, kwargs: keep("embedding", args[0] if args else kwargs["hidden_states"]),
-                        with_kwargs=True,
-                    )
-                )
-            else:
-                module = mlp_of(layers[site]) if threat.stream == "mlp" else layers[site]
-                hooks.append(
-                    module.register_forward_hook(
-                        lambda module, args, output, site=site: keep(site, hidden_states(output))
-                    )
-                )
-        with attack_mode(model), torch.no_grad():
-            for batch in batches:
-                selected = selected_ranks(batch, threat.positions)
-                rank = ranks(batch["attention_mask"])
-                inside = (rank < selected.shape[1]) & batch["attention_mask"].bool()
-                chosen = inside & selected.gather(1, rank.clamp(max=max(selected.shape[1] - 1, 0)))
-                label_logits(model, batch["input_ids"], batch["attention_mask"], batch["labels"])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with observed(model, seen, threat.stream, keep), attack_mode(model), torch.no_grad():
+        for batch in batches:
+            selected = selected_ranks(batch, threat.positions)
+            rank = ranks(batch["attention_mask"])
+            inside = (rank < selected.shape[1]) & batch["attention_mask"].bool()
+            chosen = inside & selected.gather(1, rank.clamp(max=max(selected.shape[1] - 1, 0)))
+            label_logits(model, batch["input_ids"], batch["attention_mask"], batch["labels"])
     return {site: torch.cat([norm.cpu() for norm in norms]).median().item() for site, norms in seen.items()}

@@ -11,9 +11,9 @@ from datasets import Dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
-from ..trainers import LATSFTConfig
+from ..trainers import LATDPOConfig, LATRMUConfig, LATSFTConfig
 
-VERBS: dict[str, type[LATSFTConfig]] = {"lat-sft": LATSFTConfig}
+VERBS: dict[str, Any] = {"lat-sft": LATSFTConfig, "lat-dpo": LATDPOConfig, "lat-rmu": LATRMUConfig}
 """Training verbs, and the class of their settings."""
 
 
@@ -38,7 +38,7 @@ class RecipeError(ValueError):
 @dataclass
 class BenignArguments:
     """
-    Data on which the model is to stay as useful as it is, and how plain rows meet the model's chat template.
+    Data on which the model is to stay as it is, and how plain rows meet the model's chat template.
 
     Parameters:
         benign_dataset_name (`str`, *optional*):
@@ -49,6 +49,13 @@ class BenignArguments:
             Its split.
         benign_datasets (`list[DatasetConfig]`, *optional*):
             Several benign datasets, written as TRL's `datasets:`. In place of `benign_dataset_name`.
+        retain_dataset_name (`str`, *optional*):
+            For unlearning: path or hub id of a corpus to retain (`text`). `dataset_name` is then the corpus to forget
+            (`text`, and `topic` if there are several), and every text of it gets one to retain beside it.
+        retain_dataset_config (`str`, *optional*):
+            Its configuration, where it has several.
+        retain_dataset_split (`str`, *optional*, defaults to `"train"`):
+            Its split.
         chat_format (`bool`, *optional*, defaults to `False`):
             Whether plain prompts and completions become user and assistant messages, so that the model's chat
             template is applied. Conversational rows are left as they are.
@@ -66,6 +73,13 @@ class BenignArguments:
     benign_datasets: list[DatasetConfig] = field(
         default_factory=list, metadata={"help": "Several benign datasets, written as `datasets:`."}
     )
+    retain_dataset_name: str | None = field(
+        default=None, metadata={"help": "Unlearning: path or hub id of a corpus to retain (text)."}
+    )
+    retain_dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the corpus to retain, where it has several."}
+    )
+    retain_dataset_split: str = field(default="train", metadata={"help": "Split of the corpus to retain."})
     chat_format: bool = field(
         default=False, metadata={"help": "Make user and assistant messages of plain prompts and completions."}
     )
@@ -86,7 +100,7 @@ class Recipe:
             The YAML file, if there is one.
         script ([`~trl.ScriptArguments`]):
             The training dataset.
-        training ([`LATSFTConfig`]):
+        training ([`LATSFTConfig`], [`LATDPOConfig`] or [`LATRMUConfig`]):
             Training, attack and defence.
         model ([`~trl.ModelConfig`]):
             Model, adapters, quantisation.
@@ -105,13 +119,13 @@ class Recipe:
         notes (`list[str]`):
             What could not be checked, and settings that have no effect.
         loaded (`dict`):
-            Datasets that are loaded already, by `train`, `evaluation`, `benign`.
+            Datasets that are loaded already, by `train`, `evaluation`, `benign`, `retain`.
     """
 
     verb: str
     path: Path | None
     script: ScriptArguments
-    training: LATSFTConfig
+    training: Any
     model: ModelConfig
     mixture: DatasetMixtureConfig
     benign: BenignArguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,23 +73,43 @@ def _check_combinations(recipe: Recipe, faulty: set[str]) -> list[str]:
             "`eval_strategy` asks for evaluation, and `datasets` gives no rows for it. Set `test_split_size`, or "
             '`eval_strategy: "no"`.'
         )
-    if training.needs_prompt and training.completion_only_loss is False:
+    if training.needs_prompt and getattr(training, "completion_only_loss", None) is False:
         faults.append(
             "`completion_only_loss: false` trains on prompts as on completions, so that no token counts as a prompt "
             f"to perturb (`attack_positions: {training.attack_positions}`). Remove it, or use `attack_positions: all`."
         )
-    if training.dataset_text_field != "text":
+    if getattr(training, "dataset_text_field", "text") != "text":
         faults.append(
             f"`dataset_text_field` is {training.dataset_text_field}; only `text` is read. Rename the column to "
             "`text`, and remove the key."
         )
+    return faults + _check_shares(recipe)
+
+
+def _check_shares(recipe: Recipe) -> list[str]:
+    """Datasets that a verb does not take, and settings whose dataset is missing."""
+    training, faults = recipe.training, []
     has_benign = bool(named(recipe, "benign"))
+    if recipe.verb == "lat-rmu":
+        if has_benign:
+            faults.append(
+                "lat-rmu takes no benign dataset: what is to stay as it is stands in `retain_dataset_name`. Rename it."
+            )
+        return faults
+    if recipe.verb == "lat-dpo" and named(recipe, "retain"):
+        faults.append("`retain_dataset_name` belongs to lat-sft and lat-rmu. Remove it.")
     if training.kl_coef and not has_benign:
         faults.append(
             f"`kl_coef` is {training.kl_coef}: it weighs a divergence on benign data, and no benign dataset is given. "
             "Give `benign_dataset_name`, or set `kl_coef: 0`."
         )
-    if has_benign and not training.sft_coef and not training.kl_coef:
+    ablates = training.attacks and training.attack_objective == "refusal_direction"
+    if ablates and not has_benign:
+        faults.append(
+            "`attack_objective: refusal_direction` tells harmful prompts from harmless ones, and no benign dataset is "
+            "given. Give `benign_dataset_name`."
+        )
+    if has_benign and not training.sft_coef and not training.kl_coef and not ablates:
         recipe.notes.append("The benign dataset has no effect: `sft_coef` and `kl_coef` are both 0.")
     return faults
 
@@ -100,7 +121,7 @@ def _check_quantization(recipe: Recipe) -> list[str]:
     key = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
     if importlib.util.find_spec("bitsandbytes") is None:
         faults.append(f"`{key}` needs bitsandbytes, which is not installed: pip install 'trl-robust[quantization]'")
-    if not model.use_peft:
+    if not model.use_peft and not is_adapter(Path(str(model.model_name_or_path)).expanduser()):
         faults.append(f"`{key}` freezes the weights, so that only an adapter can be trained. Set `use_peft: true`.")
     if "dtype" not in recipe.given:
         recipe.notes.append(f"`{key}` without `dtype` computes in float32. `dtype: bfloat16` is the usual choice.")
@@ -120,22 +141,77 @@ def _check_model(recipe: Recipe, faulty: set[str]) -> tuple[list[str], Any]:
     if not folder.is_dir():
         what = f"{folder} is a file." if folder.exists() else where_looked(name)
         return [f"`model_name_or_path` is {name}: {what} Give the folder of a model, or a hub id."], None
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        needed = "Merge it into its base model first (PEFT's `merge_and_unload`), and name the merged model's folder."
-        return [f"`model_name_or_path` is {name}: that is an adapter, not a model. {needed}"], None
+    if is_adapter(folder):
+        return _check_adapter(recipe, folder, faulty)
     if not (folder / "config.json").is_file():
         return [f"`model_name_or_path` is {name}: the folder has no config.json, so no model is in it."], None
-    trust = recipe.training.trust_remote_code
+    return _check_model_files(recipe, folder, folder, faulty)
+
+
+def is_adapter(folder: Path) -> bool:
+    """
+    Whether a folder holds an adapter, to be trained further, rather than a model.
+
+    Args:
+        folder (`Path`):
+            Value of `model_name_or_path`.
+
+    Returns:
+        `bool`.
+    """
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """
+    Whether a folder holds a tokenizer.
+
+    Args:
+        folder (`Path`):
+            A model's or an adapter's folder.
+
+    Returns:
+        `bool`.
+    """
+    return any((folder / file).is_file() for file in TOKENIZER_FILES)
+
+
+def _check_adapter(recipe: Recipe, folder: Path, faulty: set[str]) -> tuple[list[str], Any]:
+    """Faults of an adapter that is to be trained further, and of its base model."""
+    if recipe.model.use_peft:
+        return [
+            f"`model_name_or_path` is {folder}, an adapter, which is trained further as it is; `use_peft: true` would "
+            "put a new one beside it. Remove `use_peft` and the `lora_*` keys, or merge the adapter first (PEFT's "
+            "`merge_and_unload`) and name the merged model's folder."
+        ], None
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        return [f"`model_name_or_path` is {folder}: its adapter_config.json cannot be used: {_line(error)}"], None
+    if not is_local(str(base)):
+        recipe.notes.append(f"not checked: the base model {base} of the adapter {folder} is a hub id")
+        return [], None
+    if not (Path(base) / "config.json").is_file():
+        return [
+            f"`model_name_or_path` is {folder}, an adapter of the model {base}, which is not there. Put it back, or "
+            "correct `base_model_name_or_path` in adapter_config.json."
+        ], None
+    return _check_model_files(recipe, Path(base), folder if has_tokenizer(folder) else Path(base), faulty)
+
+
+def _check_model_files(recipe: Recipe, folder: Path, tokenizer: Path, faulty: set[str]) -> tuple[list[str], Any]:
+    """Faults of a model's configuration, of the sites in it, and of the tokenizer; and the tokenizer."""
+    name, trust = recipe.model.model_name_or_path, recipe.training.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
         return [f"`model_name_or_path` is {name}: its config.json cannot be used: {_line(error)}"], None
     faults = [] if "attack_sites" in faulty else _check_sites(recipe, config.get_text_config().num_hidden_layers)
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+    if not has_tokenizer(tokenizer):
         reason = "the folder has no tokenizer. Save the tokenizer beside the model (`tokenizer.save_pretrained`)."
         return [*faults, f"`model_name_or_path` is {name}: {reason}"], None
     try:
-        return faults, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        return faults, AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
         reason = f"`model_name_or_path` is {name}: its tokenizer cannot be loaded: {_line(error)}"
         return [*faults, reason], None
@@ -143,7 +219,11 @@ def _check_model(recipe: Recipe, faulty: set[str]) -> tuple[list[str], Any]:
 
 def _check_sites(recipe: Recipe, num_layers: int) -> list[str]:
     faults = []
-    for site in recipe.training.attack_sites:
+    training = recipe.training
+    layers = {"attack_sites": training.attack_sites, "trained_layers": training.trained_layers}
+    if recipe.verb == "lat-rmu":
+        layers["rmu_layer"] = [training.rmu_layer]
+    for key, site in [(key, site) for key, sites in layers.items() for site in sites]:
         try:
             parse_site(site)
         except ValueError:
@@ -151,12 +231,12 @@ def _check_sites(recipe: Recipe, num_layers: int) -> list[str]:
         try:
             resolve_sites([site], num_layers)
         except ValueError as error:
-            faults.append(f"`attack_sites`: {error} Correct it, or write a fraction of the depth, such as 0.5.")
+            faults.append(f"`{key}`: {error} Correct it, or write a fraction of the depth, such as 0.5.")
     return faults
 
 
 def _check_chat_template(recipe: Recipe) -> list[str]:
-    name = recipe.training.chat_template_path
+    name = getattr(recipe.training, "chat_template_path", None)
     if name is None:
         return []
     path, template = Path(name), name.endswith((".jinja", ".j2"))
@@ -189,8 +269,11 @@ def _check_share(recipe: Recipe, share: str, tokenizer: Any) -> list[str]:
         return [f"`{key}`: {error}"]
     if rows is None:
         return []
+    if share == "retain":
+        return []  # what is wrong with it shows where the two corpora are paired
     under_attack = share == "train" or (share == "evaluation" and recipe.training.eval_under_attack)
-    needs_rejected = under_attack and _needs_rejected(recipe)
+    pairs = recipe.verb in ("lat-dpo", "lat-rmu") and share != "benign"  # with an attack or without
+    needs_rejected = pairs or (under_attack and _needs_rejected(recipe))
     try:
         # What stands in messages during training stands in these, too.
         rows = as_prompt_completion(
@@ -216,15 +299,15 @@ def _needs_rejected(recipe: Recipe) -> bool:
     """As the settings say; a radius or a number of steps below zero, a fault of its own, still means an attack."""
     training = recipe.training
     searches = training.attack_radius < 0 or training.attack_steps < 0
-    return training.needs_rejected or (searches and training.attack_objective == "targeted")
+    return training.needs_rejected or (searches and training.attack_objective in ("targeted", "swapped"))
 
 
 def _check_lengths(recipe: Recipe, share: str, rows: Dataset, tokenizer: Any) -> list[str]:
     """Prompts that leave no room for a completion; TRL drops their rows, and training then stops."""
     training = recipe.training
-    if "prompt" not in rows.column_names or training.completion_only_loss is False:
+    if "prompt" not in rows.column_names or getattr(training, "completion_only_loss", None) is False:
         return []
-    if training.chat_template_path is not None:
+    if getattr(training, "chat_template_path", None) is not None:
         recipe.notes.append(f"not checked: lengths of prompts ({share}), since `chat_template_path` is given")
         return []
     if len(rows) > LENGTHS_CHECKED:

@@ -6,9 +6,7 @@ import dataclasses
 import textwrap
 from typing import Any
 
-from trl import SFTConfig
-
-from .arguments import PARTS
+from .arguments import PARTS, VERBS
 
 
 def help_text(verb: str) -> str:
@@ -22,7 +20,8 @@ def help_text(verb: str) -> str:
     Returns:
         `str`.
     """
-    inherited = {field.name for field in dataclasses.fields(SFTConfig)}
+    base = next(cls for cls in VERBS[verb].__mro__ if cls.__module__.startswith("trl."))
+    inherited = {field.name for field in dataclasses.fields(base)}
     parts = {name: dataclasses.fields(part(verb)) for name, part in PARTS.items()}
     own = [field for field in parts["training"] if field.name not in inherited]
     blocks = [
@@ -33,7 +32,7 @@ def help_text(verb: str) -> str:
         "Training data (TRL's ScriptArguments and DatasetMixtureConfig):\n"
         + _explained([*parts["script"], *parts["mixture"]]),
         "Model, adapters, quantisation (TRL's ModelConfig):\n" + _explained(parts["model"]),
-        "Training (TRL's SFTConfig, which documents them):\n" + _wrapped(", ".join(sorted(inherited))),
+        f"Training (TRL's {base.__name__}, which documents them):\n" + _wrapped(", ".join(sorted(inherited))),
         "Options of `accelerate launch`, such as num_processes, and accelerate_config start several processes.",
     ]
     return "\n\n".join(blocks)

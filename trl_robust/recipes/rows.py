@@ -6,10 +6,10 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from trl.scripts.utils import DatasetConfig
 
-from ..data import DataError, as_conversation, is_local, load_rows
+from ..data import DataError, as_conversation, is_local, load_rows, pair_corpora
 from .arguments import Recipe
 
-SHARES = ("train", "evaluation", "benign")
+SHARES = ("train", "evaluation", "benign", "retain")
 
 
 def named(recipe: Recipe, share: str) -> list[tuple[str, DatasetConfig]]:
@@ -20,7 +20,7 @@ def named(recipe: Recipe, share: str) -> list[tuple[str, DatasetConfig]]:
         recipe ([`Recipe`]):
             Settings.
         share (`str`):
-            `train`, `evaluation` or `benign`.
+            `train`, `evaluation`, `benign` or `retain`.
 
     Returns:
         `list`: the key that names a dataset, and where it is; empty if the recipe names none.
@@ -33,6 +33,11 @@ def named(recipe: Recipe, share: str) -> list[tuple[str, DatasetConfig]]:
             return []
         name, config, split = benign.benign_dataset_name, benign.benign_dataset_config, benign.benign_dataset_split
         return [("benign_dataset_name", DatasetConfig(name, config, split=split))]
+    if share == "retain":
+        if benign.retain_dataset_name is None:
+            return []
+        name, config, split = benign.retain_dataset_name, benign.retain_dataset_config, benign.retain_dataset_split
+        return [("retain_dataset_name", DatasetConfig(name, config, split=split))]
     if share == "evaluation" and not evaluates(recipe):
         return []
     if recipe.mixture.datasets:
@@ -102,7 +107,7 @@ def load_share(recipe: Recipe, share: str) -> Dataset | None:
         recipe ([`Recipe`]):
             Settings; what is loaded is kept in `recipe.loaded`.
         share (`str`):
-            `train`, `evaluation` or `benign`.
+            `train`, `evaluation`, `benign` or `retain`.
 
     Returns:
         [`~datasets.Dataset`], in conversational form if the recipe asks for it; `None` if the recipe names none.
@@ -115,6 +120,8 @@ def load_share(recipe: Recipe, share: str) -> Dataset | None:
         if recipe.benign.chat_format or recipe.benign.system_prompt is not None:
             _check_system_prompt(recipe, rows)
             rows = as_conversation(rows, recipe.benign.system_prompt, name=share)
+        if share in ("train", "evaluation") and (retain := load_share(recipe, "retain")) is not None:
+            rows = pair_corpora(rows, retain, seed=recipe.training.seed)
         if share == "train" and recipe.mixture.datasets and recipe.mixture.test_split_size is not None:
             parts = rows.train_test_split(test_size=recipe.mixture.test_split_size, seed=recipe.training.seed)
             rows = parts["train"]
@@ -168,7 +175,7 @@ def all_local(recipe: Recipe, share: str) -> bool:
         recipe ([`Recipe`]):
             Settings.
         share (`str`):
-            `train`, `evaluation` or `benign`.
+            `train`, `evaluation`, `benign` or `retain`.
 
     Returns:
         `bool`.

@@ -4,7 +4,11 @@ from .._compat import check_seams
 
 check_seams()
 
+from .lat_dpo import LATDPOTrainer  # noqa: E402
+from .lat_dpo_config import LATDPOConfig  # noqa: E402
+from .lat_rmu import LATRMUTrainer  # noqa: E402
+from .lat_rmu_config import LATRMUConfig  # noqa: E402
 from .lat_sft import LATSFTTrainer  # noqa: E402
 from .lat_sft_config import LATSFTConfig  # noqa: E402
 
-__all__ = ["LATSFTConfig", "LATSFTTrainer"]
+__all__ = ["LATDPOConfig", "LATDPOTrainer", "LATRMUConfig", "LATRMUTrainer", "LATSFTConfig", "LATSFTTrainer"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -10,22 +10,22 @@ from torch import nn
 from trl import SFTConfig
 
 if TYPE_CHECKING:
-    from .lat_sft_config import LATSFTConfig
+    from .lat_arguments import AttackArguments
 
 
-def unsupported_settings(args: SFTConfig) -> list[str]:
+def unsupported_settings(args: Any) -> list[str]:
     """
     Settings that would silently change or remove the attack.
 
     Args:
-        args ([`~trl.SFTConfig`]):
+        args ([`~trl.SFTConfig`] or [`~trl.DPOConfig`]):
             Training arguments.
 
     Returns:
         `list[str]`: one sentence for each such setting.
     """
     problems = []
-    if args.packing or args.eval_packing:
+    if getattr(args, "packing", False) or getattr(args, "eval_packing", False):
         problems.append(
             "`packing` puts several examples into one row, so a perturbation could not tell whose prompt it changes. "
             "Set `packing: false`."
@@ -52,11 +52,11 @@ def unsupported_settings(args: SFTConfig) -> list[str]:
         problems.append("`deepspeed` is not supported. Use one GPU, or several with `accelerate launch` (DDP).")
     if args.fsdp:
         problems.append("`fsdp` is not supported. Use one GPU, or several with `accelerate launch` (DDP).")
-    if args.loss_type != "nll":
+    if isinstance(args, SFTConfig) and args.loss_type != "nll":
         problems.append(f"`loss_type: {args.loss_type}` changes only one of the losses. Set `loss_type: nll`.")
     if args.label_smoothing_factor:
         problems.append("`label_smoothing_factor` changes only one of the losses. Set it to 0.")
-    if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
+    if isinstance(kwargs := getattr(args, "dataset_kwargs", None), dict) and kwargs.get("skip_prepare_dataset"):
         problems.append("`skip_prepare_dataset` would leave rejected and benign rows out. Remove it.")
     return problems
 
@@ -68,14 +68,14 @@ MLP_AND_CHECKPOINTING = (
 )
 
 
-def check_model(model: nn.Module, args: LATSFTConfig) -> None:
+def check_model(model: nn.Module, args: AttackArguments) -> None:
     """
     Refuses adapters that shift the positions of tokens, and MLP perturbations on a model that checkpoints.
 
     Args:
         model (`nn.Module`):
             The model, outside distributed wrappers.
-        args ([`LATSFTConfig`]):
+        args ([`AttackArguments`]):
             Training arguments.
 
     Raises:

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 from ..threat import ThreatModel
-from .lat_sft_config import LATSFTConfig
+from .lat_arguments import AttackArguments
 
 
-def threat_section(args: LATSFTConfig, threat: ThreatModel) -> str:
+def threat_section(args: AttackArguments, threat: ThreatModel) -> str:
     """
     The model card's section on what the model was trained against.
 
     Args:
-        args ([`LATSFTConfig`]):
+        args ([`AttackArguments`]):
             Settings of the run.
         threat ([`ThreatModel`]):
             The threat model, calibrated if it was relative.
@@ -19,6 +19,11 @@ def threat_section(args: LATSFTConfig, threat: ThreatModel) -> str:
     """
     if not args.attacks:
         attack = "No attack: the same training without perturbations."
+    elif args.attack_objective == "refusal_direction":
+        attack = (
+            f"The refusal direction was removed from the hidden states of `{args.attack_positions}` tokens after "
+            f"{_sites(args, threat)} in {args.refusal_direction_prob:.0%} of the micro-batches."
+        )
     else:
         search = (
             "a random point of the boundary"
@@ -26,14 +31,22 @@ def threat_section(args: LATSFTConfig, threat: ThreatModel) -> str:
             else f"{args.attack_objective}, {args.attack_steps} steps of {args.attack_optimizer}"
         )
         attack = (
-            f"Perturbations of the hidden states of `{args.attack_positions}` tokens at the sites "
-            f"{', '.join(f'`{site}`' for site in threat.sites)} (`{args.attack_stream}`), inside an "
+            f"Perturbations of the hidden states of `{args.attack_positions}` tokens at {_sites(args, threat)}, inside an "
             f"{args.attack_norm} ball of radius {args.attack_radius:g} ({args.attack_radius_unit}, one ball a "
             f"{args.attack_ball}); search: {search}."
         )
-    weights = ", ".join(f"{name} {getattr(args, f'{name}_coef'):g}" for name in ("toward", "away", "sft", "kl"))
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in args.weights(True).items())
+    faithful = " Trained as the reference code does, its defects included (`faithful`)." if args.faithful else ""
     return (
         f"\n\n## Threat model\n\nTrained with trl-robust. {attack} Weights of "
-        f"the loss: {weights}; {args.updates_per_attack} update(s) an attack.\n\nA model that withstands these "
+        f"the loss: {weights}; {args.updates_per_attack} update(s) an attack.{faithful}\n\nA model that withstands these "
         "perturbations has been tested against these perturbations. Attacks of another kind may still succeed.\n"
     )
+
+
+def _sites(args: AttackArguments, threat: ThreatModel) -> str:
+    sites = f"the sites {', '.join(f'`{site}`' for site in threat.sites)} (`{args.attack_stream}`)"
+    if args.attack_site_choice == "all":
+        return sites
+    how = "at random" if args.attack_site_choice == "random" else "by the size of the gradient"
+    return f"{args.attack_num_sites} of {sites}, chosen {how} for every attack"

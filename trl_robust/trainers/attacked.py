@@ -1,0 +1,223 @@
+"""What every trainer with an adversary adds to TRL's around a step: the sampler, the log, the checkpoints, the card.
+
+The step itself (`training_step`, `compute_loss`) stands in each trainer's own file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._compat import keep_4bit_differentiable
+from ..objectives import LabelLogits, PreferenceLoss
+from ..threat.sites import decoder_layers, resolve_sites
+from .adversary import Adversary
+from .refusals import check_distribution, check_model
+from .repeat_sampler import RepeatedBlockSampler
+from .frozen_base import FrozenBase
+from .threat_card import threat_section
+
+
+class AttackedTrainer:
+    """Mixin before a trainer of TRL. After that trainer's own constructor, [`_add_adversary`] is to be called."""
+
+    args: Any
+    accelerator: Any
+    data_collator: Any
+    is_world_process_zero: Any
+    model: Any
+    optimizer: Any
+    state: Any
+    train_dataset: Any
+    _metrics: Any
+    _prepare_inputs: Any
+    _get_output_dir: Any
+    current_gradient_accumulation_steps: int
+
+    def _add_adversary(self, preference: PreferenceLoss | None = None) -> None:
+        """Checks the model, freezes what is not trained, and makes the adversary."""
+        check_model(self.model, self.args)
+        check_distribution(self.accelerator)
+        if self.accelerator.device.type == "cpu":
+            keep_4bit_differentiable(self.model)
+        train_only(self.model, self.args.trained_layers, self.args.trained_modules)
+        self.adversary = Adversary(
+            self.args, self.accelerator, self.model, self._sample_batches, self._record, preference
+        )
+        self.base: FrozenBase | None = None
+        self._term_tokens: dict[str, torch.Tensor] = {}
+
+    def _labels_by_term(self, batches: list[dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
+        """Labels of the terms whose tokens TRL does not count, by the name of the term."""
+        return {"benign": [batch["benign"]["labels"] for batch in batches if "benign" in batch]}
+
+    def _sample_batches(self, count: int) -> Sequence[dict[str, Any]]:
+        """So many rows of the training data, evenly spread, as the adversary measures on them."""
+        count = min(count, len(self.train_dataset))
+        stride = len(self.train_dataset) // count
+        rows = [self.train_dataset[number * stride] for number in range(count)]
+        size = self.args.per_device_train_batch_size
+        return [
+            self._prepare_inputs(self._attack_batch(self.data_collator(rows[start : start + size]), wanted=True))
+            for start in range(0, count, size)
+        ]
+
+    def _attack_batch(self, inputs: dict[str, Any], *, wanted: bool = False) -> dict[str, Any]:
+        """
+        A batch as the adversary takes it.
+
+        Args:
+            inputs (`dict`):
+                A batch of the data loader.
+            wanted (`bool`, *optional*, defaults to `False`):
+                Whether the wanted completions stay where the adversary's own are otherwise.
+        """
+        raise NotImplementedError  # each trainer has a batch of its own
+
+    # Around the step
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.updates_per_attack == 1:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        block = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        rows = len(self.train_dataset if train_dataset is None else train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return RepeatedBlockSampler(rows, block, self.args.updates_per_attack, seed)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        # TRL counts the labels of the wanted completions, if any; the other terms need counts of their own.
+        for name, labels in self._labels_by_term(batches).items():
+            count = torch.tensor(sum(int((part[:, 1:] != -100).sum()) for part in labels), device=device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                count = self.accelerator.gather(count).sum()
+            self._term_tokens[name] = count
+        return batches, num_items_in_batch
+
+    def _before_attack(self) -> None:
+        """To be called before every micro-batch: makes the optimiser new where a new attack begins, if asked to."""
+        step = self.state.global_step
+        if self.args.resets_optimizer and step > 0 and self.adversary.starts_attack(step):
+            self.optimizer.state.clear()  # AdamW makes it anew at its next step
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.adversary.start_evaluation()
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def _loss_scale(self) -> int:
+        # DDP averages gradients over processes; a sum over the tokens of all of them divided by their number wants
+        # the sum instead. TRL scales its own term in the same way.
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+
+    def _token_mean(
+        self, name: str, counted: str, found: LabelLogits, total: torch.Tensor, *, divided: bool
+    ) -> torch.Tensor:
+        """
+        A micro-batch's share of a term's mean over the tokens of the accumulated batch; its own mean goes to the log.
+
+        Args:
+            name (`str`):
+                Of the term, in the log.
+            counted (`str`):
+                Under which name its tokens were counted.
+            found ([`LabelLogits`]):
+                Logits of the term's batch.
+            total (`torch.Tensor`):
+                The term's sum over the tokens of this micro-batch.
+            divided (`bool`):
+                Whether the Trainer will divide the loss by the accumulation steps.
+        """
+        own = max(len(found.targets), 1)
+        self._record(f"{name}_loss", total.detach() / own)
+        if counted not in self._term_tokens:  # a step outside `train`: the micro-batch is all there is
+            return total / own
+        scale = self._loss_scale * (self.current_gradient_accumulation_steps if divided else 1)
+        return total / self._term_tokens[counted].clamp(min=1) * scale
+
+    # What a person watches, and what is kept
+
+    @property
+    def forward_passes(self) -> float:
+        """
+        Cost of the training so far, in forward passes of one row through the whole model, over all processes.
+
+        A backward pass to the activations counts as one more, a training pass as three. Every process must ask.
+        """
+        own = torch.tensor(self.adversary.passes, dtype=torch.float64, device="cpu")
+        if self.accelerator.num_processes == 1:
+            return own.item()
+        return self.accelerator.gather(own.float().to(self.accelerator.device)).sum().item()
+
+    def _record(self, name: str, value: float | torch.Tensor) -> None:
+        tensor = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode][name].append(self.accelerator.gather(tensor).mean().item())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.args.attacks and self.model.training:
+            self._metrics["train"]["forward_passes"] = [self.forward_passes]
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self.adversary.save(folder, self.forward_passes, self.is_world_process_zero())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        # PEFT loads the bfloat16 adapters that TRL gives a 4-bit model as float32: another precision than before.
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes.get(name, parameter.dtype):
+                parameter.data = parameter.data.to(dtypes[name])
+        self.adversary.load(Path(resume_from_checkpoint))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        card = Path(str(self.args.output_dir)) / "README.md"
+        if self.is_world_process_zero() and card.is_file():
+            section = threat_section(self.args, self.adversary.threat)
+            card.write_text(card.read_text(encoding="utf-8") + section, encoding="utf-8")
+
+
+def train_only(model: nn.Module, layers: Sequence[str], modules: Sequence[str]) -> None:
+    """
+    Freezes everything but some modules of some decoder layers.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+        layers (sequence of `str`):
+            Layers as `attack_sites` names them; all, and what lies outside them, if empty.
+        modules (sequence of `str`):
+            Ends of the names of the modules that are trained; all if empty.
+
+    Raises:
+        `ValueError`: the model has adapters, or nothing would be trained.
+    """
+    if not layers and not modules:
+        return
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "`trained_layers` and `trained_modules` choose among the model's own weights, and it has adapters, which "
+            "are all that is trained. Use `lora_target_modules` and `layers_to_transform`, or train without adapters."
+        )
+    stack = decoder_layers(model)
+    chosen = resolve_sites(layers, len(stack)) if layers else range(len(stack))
+    kept = set()
+    for number in chosen:
+        for name, module in stack[int(number)].named_modules():
+            if not modules or any(name == end or name.endswith(f".{end}") for end in modules):
+                kept |= {id(parameter) for parameter in module.parameters()}
+    if not kept:
+        raise ValueError(
+            f"`trained_modules` {list(modules)} are the end of no module's name in the layers that are trained, such as "
+            f"{[name for name, module in stack[0].named_modules() if not list(module.children()) and name][:6]}."
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in kept)
