@@ -114,7 +114,7 @@ def check_full(dataset: Dataset, name: str) -> None:
         [`DataError`]: naming columns and row numbers.
     """
     found = []
-    for column in ("prompt", "chosen", "completion", "rejected", "text", "messages"):
+    for column in ("prompt", "chosen", "completion", "rejected", "text", "messages", "forget", "retain"):
         values = dataset[column][:] if column in dataset.column_names else []
         shown = "chosen/completion" if column in ("chosen", "completion") else column
         if null := [number for number, value in enumerate(values) if value is None]:

@@ -65,7 +65,7 @@ def as_prompt_completion(
             check_generic_labels(dataset, name)
             return dataset
         check_cells(dataset, name, ("forget", "retain"))
-        check_full(dataset.rename_columns({"forget": "rejected", "retain": "chosen"}), name)
+        check_full(dataset, name)
         return dataset.rename_column("retain", "text")
     if needs_rejected and not {"chosen", "rejected"} <= set(columns):
         raise DataError(
