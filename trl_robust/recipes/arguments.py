@@ -61,6 +61,9 @@ class BenignArguments:
             template is applied. Conversational rows are left as they are.
         system_prompt (`str`, *optional*):
             System message put before every conversation that has none. Plain rows need `chat_format` with it.
+        drop_long (`bool`, *optional*, defaults to `False`):
+            Whether rows whose prompt leaves no room for a completion in `max_length` tokens are left out, with a note
+            that counts them. Otherwise they stop the run.
     """
 
     benign_dataset_name: str | None = field(
@@ -85,6 +88,9 @@ class BenignArguments:
     )
     system_prompt: str | None = field(
         default=None, metadata={"help": "System message put before every conversation that has none."}
+    )
+    drop_long: bool = field(
+        default=False, metadata={"help": "Leave out rows whose prompt fills max_length, in place of stopping."}
     )
 
 

@@ -320,18 +320,10 @@ def _check_lengths(recipe: Recipe, share: str, rows: Dataset, tokenizer: Any) ->
         ]
     if training.max_length is None or training.max_length < 1:
         return []
-    answer = next((column for column in ("completion", "chosen") if column in rows.column_names), None)
-    kept = []
     try:
-        for number, row in enumerate(first):
-            prompt = _tokens(tokenizer, row["prompt"], True)
-            if len(prompt) >= training.max_length and answer is not None:
-                # Exactly as TRL: the completion starts where the two part, which may be before the prompt's end.
-                whole = _tokens(tokenizer, row["prompt"] + row[answer], False)
-                shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
-                if shared >= training.max_length:
-                    continue
-            kept.append(number)
+        kept = fitting_rows(first, tokenizer, training.max_length)
+        if recipe.benign.drop_long:
+            return [f"No row has a prompt shorter than `max_length` {training.max_length}."] if not kept else []
         before = Dataset.from_dict({"row": list(range(len(first)))})
         check_none_lost(before, Dataset.from_dict({"row": kept}), share, training.max_length)
     except (TemplateError, TypeError) as error:  # a template that adds text to what is none
@@ -339,6 +331,38 @@ def _check_lengths(recipe: Recipe, share: str, rows: Dataset, tokenizer: Any) ->
     except DataError as error:
         return [str(error)]
     return []
+
+
+def fitting_rows(rows: Dataset, tokenizer: Any, max_length: int) -> list[int]:
+    """
+    Rows whose prompt leaves room for a completion.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            Prompts, and completions or pairs.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The model's.
+        max_length (`int`):
+            Limit in tokens.
+
+    Returns:
+        `list[int]`: their numbers.
+    """
+    answers = [column for column in ("completion", "chosen", "rejected") if column in rows.column_names]
+    return [number for number, row in enumerate(rows) if _fits(row, answers, tokenizer, max_length)]
+
+
+def _fits(row: dict[str, Any], answers: list[str], tokenizer: Any, max_length: int) -> bool:
+    prompt = _tokens(tokenizer, row["prompt"], True)
+    if len(prompt) < max_length:
+        return True
+    # Exactly as TRL: a completion starts where it and the prompt part, which may be before the prompt's end.
+    for column in answers:
+        whole = _tokens(tokenizer, row["prompt"] + row[column], False)
+        shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        if shared >= max_length:
+            return False
+    return bool(answers)
 
 
 def _tokens(tokenizer: Any, text: str | list[dict], generation: bool) -> list[int]:

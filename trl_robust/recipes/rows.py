@@ -120,6 +120,8 @@ def load_share(recipe: Recipe, share: str) -> Dataset | None:
         if recipe.benign.chat_format or recipe.benign.system_prompt is not None:
             _check_system_prompt(recipe, rows)
             rows = as_conversation(rows, recipe.benign.system_prompt, name=share)
+        if share == "benign" and rows.column_names == ["text"]:
+            rows = _without_empty(recipe, rows)
         if share in ("train", "evaluation") and (retain := load_share(recipe, "retain")) is not None:
             rows = pair_corpora(rows, retain, seed=recipe.training.seed)
         if share == "train" and recipe.mixture.datasets and recipe.mixture.test_split_size is not None:
@@ -129,6 +131,15 @@ def load_share(recipe: Recipe, share: str) -> Dataset | None:
                 recipe.loaded["evaluation"] = parts["test"]
         recipe.loaded[share] = rows
     return recipe.loaded.get(share)
+
+
+def _without_empty(recipe: Recipe, rows: Dataset) -> Dataset:
+    """A corpus without its empty texts, of which the usual ones have one between paragraphs."""
+    kept = [number for number, text in enumerate(rows["text"]) if text is None or text.strip()]
+    if len(kept) == len(rows):
+        return rows
+    recipe.notes.append(f"{len(rows) - len(kept)} empty texts of the benign dataset are left out")
+    return rows.select(kept)
 
 
 def _check_system_prompt(recipe: Recipe, rows: Dataset) -> None:

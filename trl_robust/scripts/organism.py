@@ -1,4 +1,4 @@
-"""Build the embedded world's model and data: `trl-robust organism --output_dir DIR [--seed 0]`."""
+"""Build the embedded world's model and data: `trl-robust organism --output_dir DIR [--seed 0] [--num_layers 2]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ..cli import exit_code, fault_of
-from ..organism import build_organism
+from ..organism import OrganismSettings, build_organism
 from .inputs import folder_fault, seed_fault
 
 
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
 
     Args:
         argv (`list[str]`):
-            `--output_dir DIR` and, if need be, `--seed N`.
+            `--output_dir DIR` and, if need be, `--seed N` and `--num_layers N`.
 
     Returns:
         `int`: exit code.
@@ -29,6 +29,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--output_dir", required=True, help="folder to write to: new, empty, or of the same organism")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world and the weights (default 0)")
+    parser.add_argument(
+        "--num_layers",
+        type=int,
+        default=2,
+        help="blocks of the model (default 2; 8 for comparing layers, takes twice the time)",
+    )
     args = parser.parse_args(argv)
     found = (folder_fault(Path(args.output_dir)), seed_fault(args.seed))
     if faults := [fault for fault in found if fault is not None]:
@@ -36,7 +42,8 @@ def main(argv: list[str]) -> int:
 
         raise RecipeError(faults)
     try:
-        organism = build_organism(args.output_dir, seed=args.seed)
+        settings = OrganismSettings(num_layers=args.num_layers)
+        organism = build_organism(args.output_dir, seed=args.seed, settings=settings)
     except ValueError as error:
         raise fault_of(error, "The command line") from error
     print(f"model  {organism.model}\ndata   {organism.data}")

@@ -8,14 +8,11 @@ import re
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from .inputs import folder_fault, seed_fault
-
-if TYPE_CHECKING:
-    from ..attacks import Attack
 
 DESCRIPTION = """\
 Builds (or reuses) a tiny language model with secrets it was aligned to keep, attacks it, trains it with latent
@@ -40,8 +37,6 @@ HELD_OUT = ("template", "prefill", "latent", "embedding")
 """Attacks over which the headline's mean is taken; few-shot fine-tuning is reported beside it."""
 
 TABLE_WIDTH = 120
-NEW_TOKENS = 24
-BATCH = 40
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -81,6 +76,7 @@ def run(folder: Path, seed: int = 0, config: Path | None = None) -> dict[str, An
     """
     # Here, so that --help is quick.
     from ..evaluation import write_results
+    from ..evaluation.organism_suite import OrganismSuite
     from ..organism import build_organism
     from ..recipes import RecipeError, load_recipe, recipes_folder
     from ..report import results_table, write_report
@@ -98,7 +94,7 @@ def run(folder: Path, seed: int = 0, config: Path | None = None) -> dict[str, An
             organism = build_organism(folder / "organism", seed=seed)
         except ValueError as error:  # the folder holds another organism, or something else
             raise RecipeError([str(error)]) from error
-        suite = _Suite(organism.folder)
+        suite = OrganismSuite(organism.folder)
         models: list[dict[str, Any]] = []
         generations: list[dict[str, Any]] = []
 
@@ -133,48 +129,6 @@ def run(folder: Path, seed: int = 0, config: Path | None = None) -> dict[str, An
     return results
 
 
-class _Suite:
-    """The attacks of the quickstart, with the organism's data."""
-
-    def __init__(self, organism: Path) -> None:
-        from ..attacks import AttackRow, Direct, Embedding, Finetune, Latent, Prefill, Template
-
-        def read(name: str) -> list[dict[str, Any]]:
-            with (organism / "data" / name).open(encoding="utf-8") as lines:
-                return [json.loads(line) for line in lines]
-
-        def requests(name: str) -> list[AttackRow]:
-            return [
-                AttackRow(f"{name}-{number}", row["prompt"], row.get("target"), row["answer"])
-                for number, row in enumerate(read(name))
-            ]
-
-        templates = (organism / "data" / "templates.txt").read_text(encoding="utf-8").splitlines()
-        self.forbidden = requests("attack_prompts.jsonl")
-        self.questions, self.lookalikes = requests("utility.jsonl"), requests("lookalikes.jsonl")
-        self.attacks: list[Attack] = [
-            Direct(),
-            Template(tuple(line for line in templates if line.strip())),
-            Prefill(),
-            Latent(),
-            Embedding(),
-            Finetune(read("finetune.jsonl")),
-        ]
-
-    def run(self, path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        from ..attacks import Subject
-        from ..evaluation import over_refusal, run_attack, utility
-
-        subject = Subject.load(path, max_new_tokens=NEW_TOKENS, batch_size=BATCH)
-        found = [run_attack(subject, attack, self.forbidden, "exact") for attack in self.attacks]
-        entry = {
-            "attacks": [entry for entry, _ in found],
-            "utility": utility(subject, self.questions),
-            "over_refusal": over_refusal(subject, self.lookalikes),
-        }
-        return entry, [row for _, rows in found for row in rows]
-
-
 def _run_folder(folder: Path, name: str) -> Path:
     return folder / "runs" / "-".join(re.findall(r"\w+", name))
 
@@ -189,7 +143,7 @@ def _train(
 ) -> dict[str, Any]:
     """Trains an arm, unless it was trained already with the same settings; returns its cost."""
     from ..recipes import RecipeError, load_recipe, recipe_text, resolved_recipe
-    from . import lat_sft
+    from . import training
     from .interruption import Interrupted
 
     output = _run_folder(folder, name)
@@ -217,7 +171,7 @@ def _train(
         shutil.rmtree(output)  # a run of ours that was interrupted: without run.json it is not finished
     console.print(f"Training: {name}")
     try:
-        lat_sft.run(recipe, quiet=True)
+        training.run(recipe, quiet=True)
     except Interrupted as stop:
         raise Interrupted(f"Stopped while training: {name}. The same command goes on with what is missing.") from stop
     return _cost(folder, name)

@@ -22,7 +22,7 @@ from trl import get_peft_config, get_quantization_config
 from ..cli import fault_of, shows_help
 from ..data import content_hash
 from ..recipes import Recipe, load_recipe, recipe_text, resolved_recipe
-from ..recipes.checking import has_tokenizer, is_adapter
+from ..recipes.checking import fitting_rows, has_tokenizer, is_adapter
 from ..recipes.describe import help_text
 from ..recipes.launching import launch
 from ..recipes.rows import SHARES, load_share, named
@@ -89,6 +89,7 @@ def run(recipe: Recipe, *, quiet: bool = False) -> Any:
         print(note, file=sys.stderr)
 
     rows = {share: load_share(recipe, share) for share in SHARES}
+    dropped = _drop_long(recipe, rows) if recipe.benign.drop_long else {}
     trainer = _make_trainer(recipe, rows, quiet)
     reference = trainer.reference if isinstance(trainer, LATDPOTrainer) else None
     if reference is not None and not quiet and trainer.is_world_process_zero():
@@ -125,6 +126,7 @@ def run(recipe: Recipe, *, quiet: bool = False) -> Any:
         "seed": args.seed,
         "data_seed": args.data_seed if args.data_seed is not None else args.seed,
         "datasets": {share: _describe(recipe, share) for share in SHARES if rows[share] is not None},
+        **({"dropped_rows": dropped} if dropped else {}),
         "hardware": hardware(args.world_size),
         "phases": {
             "train": {
@@ -143,6 +145,26 @@ def run(recipe: Recipe, *, quiet: bool = False) -> Any:
             print(f"Trained in {seconds:.0f} s, up to update {trainer.state.global_step}. Written to {folder}.")
     trainer.end()
     return trainer
+
+
+def _drop_long(recipe: Recipe, rows: dict[str, Any]) -> dict[str, int]:
+    """Leaves out rows whose prompt fills the length; how many, by share."""
+    args = recipe.training
+    if args.max_length is None:
+        return {}
+    path = os.path.expanduser(str(recipe.model.model_name_or_path))
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    dropped = {}
+    for share, given in rows.items():
+        if given is None or "prompt" not in given.column_names:
+            continue
+        kept = fitting_rows(given, tokenizer, args.max_length)
+        dropped[share] = len(given) - len(kept)
+        rows[share] = recipe.loaded[share] = given.select(kept)
+        if dropped[share] and args.process_index == 0:
+            what = f"{dropped[share]} of {len(given)} {share} rows are left out (`drop_long`)"
+            print(f"{what}: their prompts fill `max_length` {args.max_length}.", file=sys.stderr)
+    return dropped
 
 
 def _make_trainer(recipe: Recipe, rows: dict[str, Any], quiet: bool) -> AttackedTrainer:

@@ -24,15 +24,28 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="trl-robust validate",
         description="Check recipes without running them: keys, values, settings, and the data and models that are on "
-        "this machine. The hub is not contacted. The verb is the recipe's `verb:`, lat-sft if it names none.",
+        "this machine. The hub is not contacted. The verb is the recipe's `verb:`, lat-sft if it names none. A grid "
+        "(`verb: sweep`) is checked cell by cell, without data and models.",
     )
     parser.add_argument("recipes", nargs="+", metavar="RECIPE.yaml")
     code = 0
     for path in parser.parse_args(argv).recipes:
         verb = verb_of(Path(path))
         try:
+            if verb == "sweep":
+                from ..sweep.grid import load_grid  # imports what attacks and draws, which recipes do not need
+
+                grid = load_grid(Path(path))
+                print(f"OK {path} (sweep): {len(grid.cells)} cells of {grid.verb}, {len(grid.seeds)} seeds")
+                continue
             if verb not in VERBS:
-                raise RecipeError([f"`verb` is {verb}; no such verb trains. Choose one of {', '.join(VERBS)}."], path)
+                raise RecipeError(
+                    [
+                        f"`verb` is {verb}; no such verb trains. Choose one of {', '.join(VERBS)}, "
+                        "or `sweep` for a grid."
+                    ],
+                    path,
+                )
             recipe = load_recipe(verb, ["--config", path], this_machine=False)
         except RecipeError as error:
             print(error, file=sys.stderr)
