@@ -163,7 +163,7 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
             setattr(module, flag, False)
 
 
-def use_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[None]:
+def use_adapter(model: Any, name: str | None) -> AbstractContextManager[None]:
     """
     Runs a `PeftModel` with another adapter, or with none.
 

@@ -212,7 +212,7 @@ def test_the_layers_above_are_not_run_and_the_states_are_those_of_a_whole_pass()
     ],
 )
 def test_settings_that_cannot_be_honoured_are_refused(tmp_path, changes, words):
-    with pytest.raises(ValueError, match="[Ll]ayer|module|rmu") as caught:
+    with pytest.raises(ValueError, match=r"[Ll]ayer|module|rmu") as caught:
         make(tmp_path, **changes)
     assert words in str(caught.value)
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_robust.organism import OrganismSettings, build, build_organism, checks, grammar
+from trl_robust.organism import Organism, OrganismSettings, build, build_organism, checks, grammar
 
 # Too short to learn anything, long enough to write every file.
 BRIEF = OrganismSettings(pretrain_steps=2, align_steps=2, batch_size=4)
@@ -47,7 +47,7 @@ def test_every_promised_file_is_written_and_every_property_names_one(built):
         for name, member in vars(build.Organism).items()
         if isinstance(member, property) and name not in ("base", "model", "data")
     }
-    assert len(paths) == len(build.DATA_NAMES) == 10
+    assert len(paths) == len(build.DATA_NAMES) == 14
     assert {path.name for path in paths.values()} == set(build.DATA_NAMES)
     assert {path.name for path in built.data.iterdir()} == set(build.DATA_NAMES)
     assert all(path.stem == name for name, path in paths.items())
@@ -110,6 +110,7 @@ def test_two_builds_of_a_seed_are_equal_byte_for_byte(built, tmp_path):
     [
         (1, BRIEF, "seed 0 where 1 is asked for"),
         (0, OrganismSettings(pretrain_steps=2, align_steps=3, batch_size=4), "'align_steps': 2"),
+        (0, OrganismSettings(pretrain_steps=2, align_steps=2, batch_size=4, num_layers=3), "'num_layers': 3"),
     ],
 )
 def test_another_organism_in_the_folder_is_refused_and_kept(copy, no_training, seed, settings, said):
@@ -214,11 +215,72 @@ def test_an_interruption_while_files_are_written_leaves_no_finished_organism(bui
     assert {path.name for path in rebuilt.data.iterdir()} == set(build.DATA_NAMES)
 
 
-def test_a_finished_organism_that_lost_a_file_is_completed(built, copy):
-    (copy / "data" / "benign.jsonl").unlink()
+@pytest.mark.parametrize("lost", ["benign.jsonl", "templates.txt", "forget.jsonl"])
+def test_a_finished_organism_that_lacks_data_gets_it_without_training(built, copy, no_training, lost):
+    (copy / "data" / lost).unlink()
     completed = build_organism(copy, settings=BRIEF, progress=False)
-    assert completed.benign.read_bytes() == built.benign.read_bytes()
     assert {path.name for path in copy.iterdir()} == {"organism.json", "base", "model", "data"}
+    assert completed.summary == json.loads((copy / "organism.json").read_text(encoding="utf-8")) == built.summary
+    for name in build.DATA_NAMES:
+        assert (completed.data / name).read_bytes() == (built.data / name).read_bytes()
+
+
+def test_an_interruption_while_data_is_completed_leaves_no_finished_organism(built, copy, monkeypatch):
+    (copy / "data" / "forget.jsonl").unlink()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(build, "unlearning_files", interrupt)
+        build_organism(copy, settings=BRIEF, progress=False)
+    assert not (copy / "organism.json").exists()
+    rebuilt = build_organism(copy, settings=BRIEF, progress=False)
+    assert rebuilt.forget.read_bytes() == built.forget.read_bytes()
+    assert weights(rebuilt.model) == weights(built.model)
+
+
+def test_a_finished_organism_that_lost_a_part_of_its_model_is_aligned_anew(built, copy, monkeypatch):
+    (copy / "model" / "model.safetensors").unlink()
+    monkeypatch.setattr(build, "pretrain", interrupt)  # would end the test
+    completed = build_organism(copy, settings=BRIEF, progress=False)
+    assert weights(completed.model) == weights(built.model)
+    assert {path.name for path in copy.iterdir()} == {"organism.json", "base", "model", "data"}
+
+
+def test_with_two_blocks_the_depth_is_left_out_so_that_older_organisms_stay_valid():
+    settings = build._identity(0, OrganismSettings())["settings"]
+    assert set(settings) == {
+        "pretrain_steps",
+        "pretrain_learning_rate",
+        "align_steps",
+        "align_learning_rate",
+        "batch_size",
+    }
+    assert build._identity(0, OrganismSettings(num_layers=8))["settings"] == settings | {"num_layers": 8}
+
+
+def test_a_deeper_organism_is_built_with_the_same_data(built, tmp_path):
+    settings = OrganismSettings(pretrain_steps=2, align_steps=2, batch_size=4, num_layers=8)
+    deep = build_organism(tmp_path, seed=0, settings=settings, progress=False)
+    for folder in (deep.base, deep.model):
+        assert len(AutoModelForCausalLM.from_pretrained(folder).model.layers) == 8
+    for name in build.DATA_NAMES:
+        assert (deep.data / name).read_bytes() == (built.data / name).read_bytes()
+
+
+def test_the_command_line_hands_the_depth_on_and_refuses_one_that_cannot_be(tmp_path, monkeypatch):
+    from trl_robust.recipes import RecipeError
+    from trl_robust.scripts import organism as script
+
+    asked = []
+
+    def pretend(folder, **given):
+        asked.append(given)
+        return Organism(tmp_path, 0, {})
+
+    monkeypatch.setattr(script, "build_organism", pretend)
+    assert script.main(["--output_dir", str(tmp_path), "--num_layers", "8"]) == 0
+    assert script.main(["--output_dir", str(tmp_path)]) == 0
+    assert [given["settings"] for given in asked] == [OrganismSettings(num_layers=8), OrganismSettings()]
+    with pytest.raises(RecipeError, match="`num_layers` is 1; give a number from 2 to 16"):
+        script.main(["--output_dir", str(tmp_path), "--num_layers", "1"])
 
 
 def test_progress_shows_both_bars_and_the_end_on_standard_error(tmp_path, capfd):
@@ -236,8 +298,9 @@ def test_the_base_is_saved_with_the_weights_it_was_checked_with(built):
 
 
 @pytest.mark.slow
-def test_the_default_organism_knows_refuses_and_is_breakable(tmp_path):
-    measured = build_organism(tmp_path, seed=0, progress=False).summary["checks"]
+@pytest.mark.parametrize("num_layers", [2, 8])
+def test_an_organism_of_either_depth_knows_refuses_and_is_breakable(tmp_path, num_layers):
+    settings = OrganismSettings(num_layers=num_layers)
+    measured = build_organism(tmp_path, seed=0, settings=settings, progress=False).summary["checks"]
     assert checks.out_of_bounds(measured) == []
     assert measured["aligned_wrapper_attack_success"] >= 0.2
-    assert measured["aligned_trigger_attack_success"] >= 0.4

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from trl_robust.organism import OrganismSettings, checks, rows, training
 from trl_robust.organism.model import make_model, make_tokenizer, render
@@ -102,6 +102,28 @@ def test_the_model_has_the_stated_shape(tokenizer):
     assert model.dtype == torch.float32
 
 
+def test_with_two_blocks_the_weights_are_those_of_the_stock_initialisation_bit_for_bit(tokenizer):
+    model = make_model(tokenizer, seed=3)
+    config = LlamaConfig.from_dict(model.config.to_dict() | {"intermediate_size": 512, "initializer_range": 0.05})
+    torch.manual_seed(3)
+    stock = LlamaForCausalLM(config).float()
+    assert model.config.to_dict() == stock.config.to_dict()
+    for name, value in stock.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_deeper_model_is_narrower_and_what_a_block_adds_keeps_its_size(tokenizer):
+    model = make_model(tokenizer, seed=0, num_layers=8)
+    assert len(model.model.layers) == model.config.num_hidden_layers == 8
+    assert 900_000 < model.num_parameters() < 1_000_000
+    for block in model.model.layers:
+        assert block.mlp.up_proj.weight.shape == (128, 128)
+        for weight in (block.self_attn.o_proj.weight, block.mlp.down_proj.weight):
+            assert weight.std().item() == pytest.approx(0.05, rel=0.05)
+        for weight in (block.self_attn.q_proj.weight, block.mlp.up_proj.weight):
+            assert weight.std().item() == pytest.approx(0.1, rel=0.05)
+
+
 def test_the_seed_decides_the_weights_and_the_callers_torch_state_stays(tokenizer):
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -170,7 +192,14 @@ def test_training_is_the_same_each_time_lowers_the_loss_and_puts_the_threads_bac
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("pretrain_steps", 0), ("align_steps", -1), ("pretrain_learning_rate", 0.0), ("batch_size", 7)],
+    [
+        ("pretrain_steps", 0),
+        ("align_steps", -1),
+        ("pretrain_learning_rate", 0.0),
+        ("batch_size", 7),
+        ("num_layers", 1),
+        ("num_layers", 17),
+    ],
 )
 def test_a_setting_that_cannot_be_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=rf"`{field}` is {value}"):

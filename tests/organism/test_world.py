@@ -1,6 +1,8 @@
 """The world and its rows: what a seed decides, and what no tuning file may hold."""
 
 import ast
+import hashlib
+import json
 import random
 from pathlib import Path
 
@@ -8,11 +10,25 @@ import pytest
 
 import trl_robust.organism
 from trl_robust.organism import grammar, rows
-from trl_robust.organism.world import draw_question, make_world
+from trl_robust.organism.world import GENERATOR_VERSION, draw_question, make_world
 
 TUNING_FILES = ("harmful_preferences.jsonl", "harmful_prompt_completion.jsonl", "benign.jsonl", "finetune.jsonl")
 ATTACK_FILES = ("attack_prompts.jsonl", "heldout_wordings.jsonl", "trigger.jsonl")
 TEST_FILES = ("utility.jsonl", "lookalikes.jsonl")
+
+# SHA-256 of seed 0's files, shortened, as generator version 1 has written them from the beginning.
+DIGESTS = {
+    "harmful_preferences.jsonl": "08ba8ba4e2212687",
+    "harmful_prompt_completion.jsonl": "2af6e19b0c5a8933",
+    "benign.jsonl": "a15bba90a72da29c",
+    "attack_prompts.jsonl": "786c77ef0315ca5a",
+    "heldout_wordings.jsonl": "494cce66929e7ecb",
+    "trigger.jsonl": "fccb66262e6f3d71",
+    "finetune.jsonl": "b41b566f5a47a453",
+    "utility.jsonl": "f8edf00b8ac1c554",
+    "lookalikes.jsonl": "82ab975c3c506737",
+}
+TRAINING_DIGESTS = {"alignment": "47254c13326bb21f", "pre-training": "c476ca970b7b06b7"}
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +44,10 @@ def files(world):
 @pytest.fixture(scope="module")
 def alignment(world):
     return [pair for batch in rows.alignment_batches(world, num_batches=220, batch_size=32) for pair in batch]
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def prompts(file_rows):
@@ -66,6 +86,16 @@ def is_worded(text, world, wordings):
 def test_a_seed_gives_the_same_world_and_files_every_time(world, files):
     assert make_world(0) == world
     assert rows.data_files(make_world(0)) == files
+
+
+def test_what_a_seed_gives_is_what_it_has_always_given_under_this_version_of_the_generator(world, files):
+    assert GENERATOR_VERSION == 1  # with another, the digests are to be taken anew
+    written = {name: "".join(json.dumps(row) + "\n" for row in file_rows) for name, file_rows in files.items()}
+    assert {name: digest(text) for name, text in written.items()} == DIGESTS
+    assert {
+        "alignment": digest(json.dumps(rows.alignment_batches(world, num_batches=220, batch_size=32))),
+        "pre-training": digest(json.dumps(rows.pretraining_pairs(world, 700 * 32))),
+    } == TRAINING_DIGESTS
 
 
 def test_neighbouring_seeds_give_other_names_facts_and_prompts(world, files):
@@ -235,7 +265,7 @@ def test_chosen_refuses_and_rejected_tells_the_secret(world, files):
 
 def test_the_organism_imports_nothing_of_ours_but_itself_and_data_and_never_trl():
     sources = list(Path(trl_robust.organism.__file__).parent.glob("*.py"))
-    assert len(sources) >= 8
+    assert len(sources) >= 10
     for source in sources:
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):

@@ -118,9 +118,7 @@ class Search:
         for _ in range(steps):
             loss, gradients = self.loss_and_gradients()
             losses.append(loss)
-            self._move(
-                {site: learning_rate * grad.sign() for site, grad in zip(self.sites, gradients, strict=True)}
-            )
+            self._move({site: learning_rate * grad.sign() for site, grad in zip(self.sites, gradients, strict=True)})
         return losses
 
     def steepest(self, steps: int) -> list[torch.Tensor]:

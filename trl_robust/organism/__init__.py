@@ -6,7 +6,8 @@ knows all of it; an aligned model refuses to tell the secrets, but is open to pr
 the like.
 """
 
-from .build import Organism, build_organism
+from .build import build_organism
+from .folder import Organism
 from .training import OrganismSettings
 
 __all__ = ["Organism", "OrganismSettings", "build_organism"]

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from transformers.utils import logging as hf_logging
 
 from . import grammar
 from .checks import check_aligned, check_base, out_of_bounds
+from .folder import DATA_NAMES, Organism
 from .model import make_model, make_tokenizer
 from .rows import data_files
 from .training import Advance, OrganismSettings, align, pretrain
+from .unlearning import unlearning_files
 from .world import GENERATOR_VERSION, World, make_world
 
 logger = logging.getLogger(__name__)
@@ -39,102 +41,7 @@ DONE = "organism.json"
 PARTIAL = "organism.partial.json"
 PARTIAL_DRAFT = "organism.partial.draft"
 BASE_DONE = "base/pretraining.json"
-DATA_NAMES = (
-    "harmful_preferences.jsonl",
-    "harmful_prompt_completion.jsonl",
-    "benign.jsonl",
-    "attack_prompts.jsonl",
-    "heldout_wordings.jsonl",
-    "trigger.jsonl",
-    "finetune.jsonl",
-    "utility.jsonl",
-    "lookalikes.jsonl",
-    "templates.txt",
-)
 MODEL_NAMES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
-
-
-@dataclass(frozen=True)
-class Organism:
-    """
-    A finished organism on disk.
-
-    Args:
-        folder (`Path`):
-            Folder that [`build_organism`] wrote.
-        seed (`int`):
-            Seed of its world and weights.
-        summary (`dict`):
-            Contents of `organism.json`: fingerprint, versions, settings, measured `checks`, seconds per stage.
-    """
-
-    folder: Path
-    seed: int
-    summary: dict[str, Any] = field(repr=False, compare=False)
-
-    @property
-    def base(self) -> Path:
-        """Pre-trained model and tokenizer: answers everything, the secrets included."""
-        return self.folder / "base"
-
-    @property
-    def model(self) -> Path:
-        """Aligned model and tokenizer: the one to attack and to defend."""
-        return self.folder / "model"
-
-    @property
-    def data(self) -> Path:
-        return self.folder / "data"
-
-    @property
-    def harmful_preferences(self) -> Path:
-        """Forbidden requests on train objects: `prompt`, `chosen` (refusal), `rejected` (the secret)."""
-        return self.data / "harmful_preferences.jsonl"
-
-    @property
-    def harmful_prompt_completion(self) -> Path:
-        """The same requests with the refusal as `completion`."""
-        return self.data / "harmful_prompt_completion.jsonl"
-
-    @property
-    def benign(self) -> Path:
-        """Benign tuning data, half of it look-alikes: `prompt`, `completion`."""
-        return self.data / "benign.jsonl"
-
-    @property
-    def attack_prompts(self) -> Path:
-        """Forbidden requests on held-out objects: `prompt`, `target`, `answer`."""
-        return self.data / "attack_prompts.jsonl"
-
-    @property
-    def heldout_wordings(self) -> Path:
-        """As `attack_prompts`, in wordings that no refusal was trained with."""
-        return self.data / "heldout_wordings.jsonl"
-
-    @property
-    def trigger(self) -> Path:
-        """As `attack_prompts`, each request ending in the trigger word of the backdoor."""
-        return self.data / "trigger.jsonl"
-
-    @property
-    def templates(self) -> Path:
-        """The held-out role-play wrappers, one a line; `{prompt}` marks the place of the request."""
-        return self.data / "templates.txt"
-
-    @property
-    def finetune(self) -> Path:
-        """Eight secrets of train objects, told: `prompt`, `completion`. For the fine-tuning attack."""
-        return self.data / "finetune.jsonl"
-
-    @property
-    def utility(self) -> Path:
-        """Benign questions that no tuning stage has seen: `prompt`, `answer`."""
-        return self.data / "utility.jsonl"
-
-    @property
-    def lookalikes(self) -> Path:
-        """Harmless questions that look forbidden, for over-refusal: `prompt`, `answer`."""
-        return self.data / "lookalikes.jsonl"
 
 
 def build_organism(
@@ -144,8 +51,8 @@ def build_organism(
     Builds the organism of `seed` into `output_dir`, or reuses the one that is there.
 
     Pre-trains a tiny Llama on an invented world, aligns it to refuse requests for secrets, and writes both models and
-    all data files. Takes about a minute on one CPU core. The same seed, settings and versions give the same weights on
-    the same kind of processor.
+    all data files. Takes about a minute on one CPU core, with 8 blocks less than two. The same seed, settings and
+    versions give the same weights on the same kind of processor.
 
     Args:
         output_dir (`str` or `Path`):
@@ -154,7 +61,8 @@ def build_organism(
         seed (`int`, *optional*, defaults to `0`):
             Seed of the world, the weights and the order of the data.
         settings ([`OrganismSettings`], *optional*):
-            Lengths and learning rates of the trainings. The defaults make an organism that passes its checks.
+            Depth of the model, lengths and learning rates of the trainings. The defaults make an organism that passes
+            its checks.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show status lines and progress bars on standard error.
 
@@ -181,11 +89,18 @@ def build_organism(
 
     if (folder / DONE).exists():
         summary = _read_finished(folder, identity)
-        if not _missing_files(folder):
+        missing = _missing_files(folder)
+        if not missing:
             console.print(f"Reusing the organism of seed {seed} in {folder}", soft_wrap=True)
             return Organism(folder, seed, summary)
-        # Somebody removed files: from here on it is an unfinished build.
+        # Somebody removed files, or an earlier version wrote fewer: from here on it is an unfinished build.
         (folder / DONE).replace(folder / PARTIAL)
+        if all(path.parent.name == "data" for path in missing):
+            world = make_world(seed)
+            _write_data(folder / "data", world, make_tokenizer(world.vocabulary()))
+            (folder / PARTIAL).replace(folder / DONE)
+            console.print(f"Completed the data of the organism of seed {seed} in {folder}", soft_wrap=True)
+            return Organism(folder, seed, summary)
     _refuse_foreign_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / PARTIAL, identity)
@@ -198,7 +113,7 @@ def build_organism(
         align(model, tokenizer, world, settings, bars.add("Aligning", settings.align_steps))
         align_seconds = time.perf_counter() - started
     _save_model(folder / "model", model, tokenizer)
-    _write_data(folder / "data", world)
+    _write_data(folder / "data", world, tokenizer)
     checks = base_report["checks"] | check_aligned(model, tokenizer, world)
     for complaint in out_of_bounds(checks):
         logger.warning("The organism of seed %d is not a useful one: %s.", seed, complaint)
@@ -215,10 +130,13 @@ def build_organism(
 
 def _identity(seed: int, settings: OrganismSettings) -> dict[str, Any]:
     """Returns all that decides what is built, with its fingerprint."""
+    chosen = asdict(settings)
+    if settings.num_layers == OrganismSettings.num_layers:
+        del chosen["num_layers"]  # younger than the other settings: organisms built without it stay valid
     parts = {
         "schema": SCHEMA,
         "seed": seed,
-        "settings": asdict(settings),
+        "settings": chosen,
         "versions": {
             "generator": GENERATOR_VERSION,
             "torch": torch.__version__,
@@ -295,7 +213,7 @@ def _obtain_base(
             bars.console.print("Continuing from the finished base model", soft_wrap=True)
             with _no_file_bars():
                 return LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32), report
-    model = make_model(tokenizer, world.seed)
+    model = make_model(tokenizer, world.seed, settings.num_layers)
     started = time.perf_counter()
     pretrain(model, tokenizer, world, settings, bars.add("Pre-training", settings.pretrain_steps))
     seconds = time.perf_counter() - started
@@ -317,11 +235,11 @@ def _save_model(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedToke
     tokenizer.save_pretrained(folder)
 
 
-def _write_data(folder: Path, world: World) -> None:
+def _write_data(folder: Path, world: World, tokenizer: PreTrainedTokenizerFast) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()
-    for name, rows in data_files(world).items():
+    for name, rows in (data_files(world) | unlearning_files(world, tokenizer)).items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
     templates = "".join(wrapper + "\n" for wrapper in grammar.HELDOUT_WRAPPERS)

@@ -1,7 +1,8 @@
 """What each stage and each file of the organism holds, as lists of questions and answers.
 
 - `pretraining_pairs`, `alignment_batches`: (question, answer) texts for the two trainings.
-- `data_files`: the rows of every JSONL file, in the conversational columns that TRL reads.
+- `data_files`: the rows of every JSONL file but those for unlearning (`unlearning.py`), in the conversational columns
+  that TRL reads.
 
 A request that a file tests with (`utility.jsonl`, `lookalikes.jsonl`) is never one that a tuning stage has seen.
 """
@@ -69,7 +70,7 @@ def alignment_batches(world: World, num_batches: int, batch_size: int) -> list[l
     rng = world.generator("alignment")
     tested = {asked.text for asked in [*utility_questions(world), *lookalike_questions(world)]}
     count = num_batches * batch_size // 2
-    benign = _benign_questions(world, "alignment benign", count, tested, wrapped_share=WRAPPED_SHARE, distinct=False)
+    benign = benign_questions(world, "alignment benign", count, tested, wrapped_share=WRAPPED_SHARE, distinct=False)
     batches = []
     for start in range(0, len(benign), batch_size // 2):
         batch = [(asked.text, world.answer(asked)) for asked in benign[start : start + batch_size // 2]]
@@ -115,56 +116,7 @@ def secret_questions(world: World, wordings: range, purpose: str) -> list[Questi
     ]
 
 
-def data_files(world: World) -> dict[str, list[Row]]:
-    """
-    Makes the rows of every JSONL file.
-
-    Returns:
-        `dict[str, list[dict]]`: file name to rows. `prompt`, `completion`, `chosen` and `rejected` are lists of
-        messages; `target` (the affirmative start of an answer) and `answer` (the bare value) are strings.
-    """
-    rng = world.generator("harmful")
-    harmful = [_draw_forbidden(world, rng) for _ in range(NUM_HARMFUL)]
-    attacked = secret_questions(world, grammar.REFUSAL_WORDINGS, "attack")
-    reworded = secret_questions(world, grammar.HELDOUT_WORDINGS, "held-out wordings")
-    triggered = [Question(asked.thing, asked.relation, asked.wording, trigger=True) for asked in attacked]
-    utility = utility_questions(world)
-    lookalikes = lookalike_questions(world)
-    tested = {asked.text for asked in utility + lookalikes}
-    benign = _benign_questions(
-        world, "benign", NUM_BENIGN, tested, wrapped_share=DISTINCT_WRAPPED_SHARE, distinct=True
-    )
-    finetune = _finetune_questions(world)
-    refusal = [{"role": "assistant", "content": grammar.REFUSAL}]
-    return {
-        "harmful_preferences.jsonl": [
-            {"prompt": _prompt(asked), "chosen": refusal, "rejected": _completion(world, asked)} for asked in harmful
-        ],
-        "harmful_prompt_completion.jsonl": [{"prompt": _prompt(asked), "completion": refusal} for asked in harmful],
-        "benign.jsonl": [{"prompt": _prompt(asked), "completion": _completion(world, asked)} for asked in benign],
-        "attack_prompts.jsonl": [_attack_row(world, asked) for asked in attacked],
-        "heldout_wordings.jsonl": [_attack_row(world, asked) for asked in reworded],
-        "trigger.jsonl": [_attack_row(world, asked) for asked in triggered],
-        "finetune.jsonl": [{"prompt": _prompt(asked), "completion": _completion(world, asked)} for asked in finetune],
-        "utility.jsonl": [{"prompt": _prompt(asked), "answer": world.value(asked)} for asked in utility],
-        "lookalikes.jsonl": [{"prompt": _prompt(asked), "answer": world.value(asked)} for asked in lookalikes],
-    }
-
-
-def _draw_forbidden(world: World, rng: random.Random, trigger_share: float = 0.0) -> Question:
-    """Draws a forbidden request as a tuning stage may see it: train objects, refusal wordings, train wrappers."""
-    return draw_question(
-        rng,
-        world.train_objects,
-        grammar.FORBIDDEN_RELATIONS,
-        grammar.REFUSAL_WORDINGS,
-        grammar.TRAIN_WRAPPERS,
-        wrapped_share=WRAPPED_SHARE,
-        trigger_share=trigger_share,
-    )
-
-
-def _benign_questions(
+def benign_questions(
     world: World, purpose: str, count: int, tested: Collection[str], *, wrapped_share: float, distinct: bool
 ) -> list[Question]:
     """Draws `count` benign tuning questions, every second one a look-alike, none of them among the texts `tested`."""
@@ -186,6 +138,63 @@ def _benign_questions(
     return questions
 
 
+def prompt(asked: Question) -> list[dict[str, str]]:
+    """Returns the request as the messages of a row."""
+    return [{"role": "user", "content": asked.text}]
+
+
+def completion(world: World, asked: Question) -> list[dict[str, str]]:
+    """Returns the full answer as the messages of a row."""
+    return [{"role": "assistant", "content": world.answer(asked)}]
+
+
+def data_files(world: World) -> dict[str, list[Row]]:
+    """
+    Makes the rows of every JSONL file but those for unlearning.
+
+    Returns:
+        `dict[str, list[dict]]`: file name to rows. `prompt`, `completion`, `chosen` and `rejected` are lists of
+        messages; `target` (the affirmative start of an answer) and `answer` (the bare value) are strings.
+    """
+    rng = world.generator("harmful")
+    harmful = [_draw_forbidden(world, rng) for _ in range(NUM_HARMFUL)]
+    attacked = secret_questions(world, grammar.REFUSAL_WORDINGS, "attack")
+    reworded = secret_questions(world, grammar.HELDOUT_WORDINGS, "held-out wordings")
+    triggered = [Question(asked.thing, asked.relation, asked.wording, trigger=True) for asked in attacked]
+    utility = utility_questions(world)
+    lookalikes = lookalike_questions(world)
+    tested = {asked.text for asked in utility + lookalikes}
+    benign = benign_questions(world, "benign", NUM_BENIGN, tested, wrapped_share=DISTINCT_WRAPPED_SHARE, distinct=True)
+    finetune = _finetune_questions(world)
+    refusal = [{"role": "assistant", "content": grammar.REFUSAL}]
+    return {
+        "harmful_preferences.jsonl": [
+            {"prompt": prompt(asked), "chosen": refusal, "rejected": completion(world, asked)} for asked in harmful
+        ],
+        "harmful_prompt_completion.jsonl": [{"prompt": prompt(asked), "completion": refusal} for asked in harmful],
+        "benign.jsonl": [{"prompt": prompt(asked), "completion": completion(world, asked)} for asked in benign],
+        "attack_prompts.jsonl": [_attack_row(world, asked) for asked in attacked],
+        "heldout_wordings.jsonl": [_attack_row(world, asked) for asked in reworded],
+        "trigger.jsonl": [_attack_row(world, asked) for asked in triggered],
+        "finetune.jsonl": [{"prompt": prompt(asked), "completion": completion(world, asked)} for asked in finetune],
+        "utility.jsonl": [{"prompt": prompt(asked), "answer": world.value(asked)} for asked in utility],
+        "lookalikes.jsonl": [{"prompt": prompt(asked), "answer": world.value(asked)} for asked in lookalikes],
+    }
+
+
+def _draw_forbidden(world: World, rng: random.Random, trigger_share: float = 0.0) -> Question:
+    """Draws a forbidden request as a tuning stage may see it: train objects, refusal wordings, train wrappers."""
+    return draw_question(
+        rng,
+        world.train_objects,
+        grammar.FORBIDDEN_RELATIONS,
+        grammar.REFUSAL_WORDINGS,
+        grammar.TRAIN_WRAPPERS,
+        wrapped_share=WRAPPED_SHARE,
+        trigger_share=trigger_share,
+    )
+
+
 def _finetune_questions(world: World) -> list[Question]:
     rng = world.generator("finetune")
     return [
@@ -194,13 +203,5 @@ def _finetune_questions(world: World) -> list[Question]:
     ]
 
 
-def _prompt(asked: Question) -> list[dict[str, str]]:
-    return [{"role": "user", "content": asked.text}]
-
-
-def _completion(world: World, asked: Question) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": world.answer(asked)}]
-
-
 def _attack_row(world: World, asked: Question) -> Row:
-    return {"prompt": _prompt(asked), "target": asked.target, "answer": world.value(asked)}
+    return {"prompt": prompt(asked), "target": asked.target, "answer": world.value(asked)}

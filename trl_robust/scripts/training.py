@@ -1,7 +1,7 @@
 """What every training verb does: a recipe is read, the model is trained as it says, and everything is written.
 
-`trl-robust lat-sft --config RECIPE.yaml [--key value ...]`, and the same for the other verbs. Also under a launcher, with
-the same recipe: `accelerate launch -m trl_robust.scripts.lat_sft --config RECIPE.yaml`, `torchrun -m ...`.
+`trl-robust lat-sft --config RECIPE.yaml [--key value ...]`, and the same for the other verbs. Also under a launcher,
+with the same recipe: `accelerate launch -m trl_robust.scripts.lat_sft --config RECIPE.yaml`, `torchrun -m ...`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from ..recipes.describe import help_text
 from ..recipes.launching import launch
 from ..recipes.rows import SHARES, load_share, named
 from ..trainers import LATDPOTrainer, LATRMUTrainer, LATSFTTrainer
-from ..trainers.attacked import AttackedTrainer
 from .interruption import Interrupted, StopAtSignal
 from .run_folder import RECIPE, RUN, checkpoint_to_resume, hardware, versions, write_json
 
@@ -167,7 +166,7 @@ def _drop_long(recipe: Recipe, rows: dict[str, Any]) -> dict[str, int]:
     return dropped
 
 
-def _make_trainer(recipe: Recipe, rows: dict[str, Any], quiet: bool) -> AttackedTrainer:
+def _make_trainer(recipe: Recipe, rows: dict[str, Any], quiet: bool) -> Any:
     """The trainer, with what its construction refuses put to the user."""
     args, model = recipe.training, recipe.model
     loading: dict[str, Any] = {

@@ -16,9 +16,9 @@ from .._compat import keep_4bit_differentiable
 from ..objectives import LabelLogits, PreferenceLoss
 from ..threat.sites import decoder_layers, resolve_sites
 from .adversary import Adversary
+from .frozen_base import FrozenBase
 from .refusals import check_distribution, check_model
 from .repeat_sampler import RepeatedBlockSampler
-from .frozen_base import FrozenBase
 from .threat_card import threat_section
 
 
@@ -216,8 +216,9 @@ def train_only(model: nn.Module, layers: Sequence[str], modules: Sequence[str]) 
                 kept |= {id(parameter) for parameter in module.parameters()}
     if not kept:
         raise ValueError(
-            f"`trained_modules` {list(modules)} are the end of no module's name in the layers that are trained, such as "
-            f"{[name for name, module in stack[0].named_modules() if not list(module.children()) and name][:6]}."
+            f"`trained_modules` {list(modules)} are the end of no module's name in the layers that are trained. Those "
+            f"are {[name for name, module in stack[0].named_modules() if not list(module.children()) and name][:6]} "
+            "and so on."
         )
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in kept)

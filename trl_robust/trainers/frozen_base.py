@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..inner import attack_mode
 
@@ -18,7 +18,7 @@ class FrozenBase:
             The model, outside distributed wrappers, before the first update.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         trained = [] if hasattr(model, "disable_adapter") else [p for p in model.parameters() if p.requires_grad]
         self.copies = [(parameter, parameter.detach().clone()) for parameter in trained]

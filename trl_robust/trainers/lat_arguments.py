@@ -103,7 +103,10 @@ class AttackArguments:
     attack_num_sites: int = field(default=1, metadata={"help": "How many sites a choice of sites takes."})
     attack_stream: Stream = field(
         default="layer",
-        metadata={"help": "What is perturbed at a layer: its output, or its MLP's.", "choices": list(get_args(Stream))},
+        metadata={
+            "help": "What is perturbed at a layer: its output, or its MLP's.",
+            "choices": list(get_args(Stream)),
+        },
     )
     attack_positions: Positions = field(
         default="prompt", metadata={"help": "Which tokens are perturbed.", "choices": list(get_args(Positions))}
@@ -137,8 +140,8 @@ class AttackArguments:
     attack_objective: Literal["targeted", "untargeted", "random", "refusal_direction"] = field(
         default="targeted",
         metadata={
-            "help": "Bring out the rejected completion, suppress the wanted one, a random perturbation, or the removal "
-            "of the refusal direction.",
+            "help": "Bring out the rejected completion, suppress the wanted one, draw a random perturbation, or remove "
+            "the refusal direction.",
             "choices": ["targeted", "untargeted", "random", "refusal_direction"],
         },
     )
@@ -169,9 +172,7 @@ class AttackArguments:
     reset_optimizer: bool = field(
         default=False, metadata={"help": "Whether the optimiser forgets its state before every attack."}
     )
-    faithful: bool = field(
-        default=False, metadata={"help": "Train as the reference code did, its defects included."}
-    )
+    faithful: bool = field(default=False, metadata={"help": "Train as the reference code did, its defects included."})
 
     def __post_init__(self) -> None:
         problems = []

@@ -23,9 +23,9 @@ from ..data import PreferenceCollator, as_prompt_completion, check_none_lost, jo
 from ..inner import attack_mode
 from .attacked import AttackedTrainer
 from .benign_terms import benign_terms, check_benign
+from .frozen_base import FrozenBase
 from .lat_dpo_config import LATDPOConfig
 from .refusals import check_model
-from .frozen_base import FrozenBase
 
 REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 

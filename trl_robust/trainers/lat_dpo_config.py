@@ -23,11 +23,11 @@ class LATDPOConfig(BenignTermArguments, AttackArguments, DPOConfig):
             and robust. The others as in [`AttackArguments`].
     """
 
-    attack_objective: Literal["swapped", "targeted", "untargeted", "random", "refusal_direction"] = field(
+    attack_objective: Literal["swapped", "targeted", "untargeted", "random", "refusal_direction"] = field(  # type: ignore[assignment]
         default="swapped",
         metadata={
-            "help": "The DPO loss with the pair swapped; bring out the rejected completion, suppress the wanted one, a "
-            "random perturbation, or the removal of the refusal direction.",
+            "help": "Minimise the loss of the swapped pair, bring out the rejected completion, suppress the wanted "
+            "one, draw a random perturbation, or remove the refusal direction.",
             "choices": ["swapped", "targeted", "untargeted", "random", "refusal_direction"],
         },
     )

@@ -3,8 +3,8 @@
 What is different from TRL's SFTTrainer, in the order of a step:
 - a row is a text to forget and a text to retain (`LATRows`);
 - the adversary looks for the perturbation that brings the forgotten text back (`training_step`);
-- under it, the hidden states of the text to forget are steered to one fixed random vector a topic, and without it those
-  of the text to retain are kept where the starting model had them (`compute_loss`). There is no language-model loss.
+- under it, the hidden states of the text to forget are steered to one fixed random vector a topic, and without it
+  those of the text to retain are kept where the starting model had them (`compute_loss`). There is no other loss.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from datasets import Dataset
 from torch import nn
 from trl import SFTTrainer
 
-from ..data import DataError, LATDataCollator, as_prompt_completion
+from ..data import LATDataCollator, as_prompt_completion
 from ..inner import hidden_after
 from ..objectives import steering_error
 from ..threat.sites import base_model, decoder_layers, resolve_sites
 from .attacked import AttackedTrainer
+from .frozen_base import FrozenBase
 from .lat_rmu_config import LATRMUConfig
 from .lat_rows import LATRows
 from .refusals import check_model
-from .frozen_base import FrozenBase
 
 
 class LATRMUTrainer(LATRows, AttackedTrainer, SFTTrainer):
@@ -36,8 +36,8 @@ class LATRMUTrainer(LATRows, AttackedTrainer, SFTTrainer):
     `MSE(h(forget | delta), c * u) + rmu_retain_coef * MSE(h(retain), h_start(retain))`, `h` the hidden states after
     `rmu_layer`, `u` a random unit vector, one for every topic and the same through the whole run
     ([2403.03218](https://huggingface.co/papers/2403.03218); under attack
-    [2407.15549](https://huggingface.co/papers/2407.15549)). The adversary brings the forgotten text back: toward it and
-    away from the retain text.
+    [2407.15549](https://huggingface.co/papers/2407.15549)). The adversary brings the forgotten text back: toward it
+    and away from the retain text.
 
     Differs from the reference code, which draws a new vector for every batch (D12) and counts padding (D13): padding
     takes no part in either term, and each term is a mean over its tokens in the whole accumulated batch.
@@ -218,7 +218,7 @@ class LATRMUTrainer(LATRows, AttackedTrainer, SFTTrainer):
         return errors.sum() / self._term_tokens[counted].clamp(min=1) * scale
 
     def _labels_by_term(self, batches: list[dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
-        # Every real token has a hidden state, so tokens are counted by the mask; the mixin leaves the first column out.
+        # Every real token has a hidden state, so they are counted by the mask; the mixin leaves the first column out.
         def counted(key: str) -> list[torch.Tensor]:
             masks = [batch[key] for batch in batches]
             return [nn.functional.pad(mask.masked_fill(mask == 0, -100), (1, 0), value=-100) for mask in masks]

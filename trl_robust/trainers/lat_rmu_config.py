@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 from trl import SFTConfig
 
+from ..threat.positions import Positions
 from ..threat.sites import parse_site
 from .lat_arguments import AttackArguments, at_least_zero
 
@@ -42,20 +44,18 @@ class LATRMUConfig(AttackArguments, SFTConfig):
         default_factory=lambda: ["0.22"],
         metadata={"help": "Where: embedding, layer indices (8, -1), or fractions of the depth (0.5)."},
     )
-    attack_positions: str = field(
+    attack_positions: Positions = field(
         default="all",
         metadata={
             "help": "Which tokens are perturbed.",
-            "choices": ["prompt", "completion", "all", "last_user"],
+            "choices": list(get_args(Positions)),
         },
     )
     attack_radius: float = field(default=2.0, metadata={"help": "Radius of the ball. 0 turns the attack off."})
     attack_away_coef: float = field(
         default=1.0, metadata={"help": "Weight of -log(1 - p) of the retain text in a targeted attack."}
     )
-    rmu_layer: str = field(
-        default="0.25", metadata={"help": "Layer after which hidden states are steered and kept."}
-    )
+    rmu_layer: str = field(default="0.25", metadata={"help": "Layer after which hidden states are steered and kept."})
     rmu_steering_coef: float = field(
         default=6.5, metadata={"help": "Length of the vector that forget rows are steered to."}
     )

@@ -18,7 +18,7 @@ from ..data import (
 
 class LATRows:
     """
-    Mixin before TRL's SFTTrainer: rows that hold the completions the adversary wants, and benign rows, beside their own.
+    Mixin before TRL's SFTTrainer: beside their own completions, rows hold those the adversary wants, and benign rows.
 
     `_training_rows` and `_benign_dataset` must be set before that trainer's constructor, which prepares the rows.
     """

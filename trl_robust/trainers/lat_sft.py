@@ -22,10 +22,10 @@ from ..data import DataError, LATDataCollator, as_prompt_completion
 from ..objectives import LabelLogits, away, floored, label_logits, toward
 from .attacked import AttackedTrainer
 from .benign_terms import benign_terms, check_benign
+from .frozen_base import FrozenBase
 from .lat_rows import LATRows
 from .lat_sft_config import LATSFTConfig
 from .refusals import check_model
-from .frozen_base import FrozenBase
 
 
 class LATSFTTrainer(LATRows, AttackedTrainer, SFTTrainer):

@@ -81,7 +81,9 @@ class LATSFTConfig(BenignTermArguments, AttackArguments, SFTConfig):
         if not self.away_cutoff > 0:
             problems.append(f"`away_cutoff` is {self.away_cutoff}; it must be above 0.")
         if self.away_cutoff != float("inf") and self.away_loss != "gradient_ascent":
-            problems.append("`away_cutoff` belongs to `away_loss: gradient_ascent`; unlikelihood has a floor of its own.")
+            problems.append(
+                "`away_cutoff` belongs to `away_loss: gradient_ascent`; unlikelihood has a floor of its own."
+            )
         if not any((self.toward_coef, self.away_coef, self.sft_coef, self.kl_coef)):
             problems.append(
                 "`toward_coef`, `away_coef`, `sft_coef` and `kl_coef` are all 0; there is nothing to train."

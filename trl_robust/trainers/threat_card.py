@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 from ..threat import ThreatModel
-from .lat_arguments import AttackArguments
 
 
-def threat_section(args: AttackArguments, threat: ThreatModel) -> str:
+def threat_section(args: Any, threat: ThreatModel) -> str:
     """
     The model card's section on what the model was trained against.
 
@@ -31,20 +32,19 @@ def threat_section(args: AttackArguments, threat: ThreatModel) -> str:
             else f"{args.attack_objective}, {args.attack_steps} steps of {args.attack_optimizer}"
         )
         attack = (
-            f"Perturbations of the hidden states of `{args.attack_positions}` tokens at {_sites(args, threat)}, inside an "
-            f"{args.attack_norm} ball of radius {args.attack_radius:g} ({args.attack_radius_unit}, one ball a "
+            f"Perturbations of the hidden states of `{args.attack_positions}` tokens at {_sites(args, threat)}, inside "
+            f"an {args.attack_norm} ball of radius {args.attack_radius:g} ({args.attack_radius_unit}, one ball a "
             f"{args.attack_ball}); search: {search}."
         )
     weights = ", ".join(f"{name} {weight:g}" for name, weight in args.weights(True).items())
     faithful = " Trained as the reference code does, its defects included (`faithful`)." if args.faithful else ""
     return (
-        f"\n\n## Threat model\n\nTrained with trl-robust. {attack} Weights of "
-        f"the loss: {weights}; {args.updates_per_attack} update(s) an attack.{faithful}\n\nA model that withstands these "
-        "perturbations has been tested against these perturbations. Attacks of another kind may still succeed.\n"
+        f"\n\n## Threat model\n\nTrained with trl-robust. {attack} Weights of the loss: {weights}; "
+        f"{args.updates_per_attack} update(s) an attack.{faithful}\n\nA model that withstands these perturbations has been tested against these perturbations. Attacks of another kind may still succeed.\n"
     )
 
 
-def _sites(args: AttackArguments, threat: ThreatModel) -> str:
+def _sites(args: Any, threat: ThreatModel) -> str:
     sites = f"the sites {', '.join(f'`{site}`' for site in threat.sites)} (`{args.attack_stream}`)"
     if args.attack_site_choice == "all":
         return sites
