@@ -4,16 +4,42 @@ import json
 from pathlib import Path
 
 import yaml
-from tiny import completion_data, make_tokenizer, preference_data, tiny_model
+from tiny import completion_data, lora, make_tokenizer, preference_data, tiny_model
+from transformers import AutoModelForCausalLM
 
 
 def make_workplace(folder: Path, **changes) -> Path:
-    """A folder with `model/`, `preferences.jsonl` and `benign.jsonl`."""
+    """
+    A folder with `model/`, `preferences.jsonl` and `benign.jsonl`; for unlearning `forget.jsonl`, `retain.jsonl`,
+    `texts.jsonl` (benign) and `generic_labels.jsonl`.
+    """
     tiny_model("llama", **changes).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
     write_rows(folder / "preferences.jsonl", list(preference_data(16)))
     write_rows(folder / "benign.jsonl", list(completion_data(8)))
+    write_rows(folder / "forget.jsonl", [{"topic": f"t{row % 2}", **text} for row, text in enumerate(texts(16, 2))])
+    write_rows(folder / "retain.jsonl", [*texts(8, 3), {"text": ""}])  # an empty line, as wikitext has them
+    write_rows(folder / "texts.jsonl", texts(8, 4))
+    write_rows(folder / "generic_labels.jsonl", generic_labels(16))
     return folder
+
+
+def make_adapter(folder: Path, workplace: Path) -> Path:
+    """A folder with a LoRA adapter of a workplace's model, and its tokenizer."""
+    lora(AutoModelForCausalLM.from_pretrained(workplace / "model")).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def texts(count: int, seed: int) -> list[dict]:
+    """Rows of a corpus."""
+    return [{"text": row["prompt"] + row["completion"]} for row in completion_data(count, seed)]
+
+
+def generic_labels(count: int) -> list[dict]:
+    """Rows of tokens with a generic label for each."""
+    tokens = make_tokenizer()([row["text"] for row in texts(count, 5)])["input_ids"]
+    return [{"tokens": ids, "labels": ids[::-1]} for ids in tokens]
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from recipe_parts import settings, write_recipe, write_rows
+from recipe_parts import make_adapter, settings, write_recipe, write_rows
 
 from trl_robust.cli import main
 
@@ -37,3 +37,14 @@ def test_empty_texts_of_a_benign_corpus_are_left_out_with_a_note(workplace, tmp_
     values = settings(workplace, benign_dataset_name=str(corpus), output_dir=str(tmp_path / "run"), max_steps=1)
     assert main(["lat-sft", "--config", write_recipe(tmp_path / "recipe.yaml", values)]) == 0
     assert "2 empty texts of the benign dataset are left out" in capsys.readouterr().err
+
+
+def test_an_adapter_without_a_tokenizer_takes_its_base_models(workplace, tmp_path, capsys):
+    adapter = make_adapter(tmp_path / "adapter", workplace)
+    for path in adapter.glob("*token*"):
+        path.unlink()
+    rows = write_rows(tmp_path / "rows.jsonl", [SHORT, LONG, SHORT])
+    values = settings(workplace, model_name_or_path=str(adapter), dataset_name=str(rows), drop_long=True, max_steps=1)
+    values |= {"output_dir": str(tmp_path / "run")}
+    assert main(["lat-sft", "--config", write_recipe(tmp_path / "recipe.yaml", values)]) == 0
+    assert "1 of 3 train rows are left out" in capsys.readouterr().err

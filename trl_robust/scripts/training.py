@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
 from trl import get_peft_config, get_quantization_config
 
@@ -151,8 +151,12 @@ def _drop_long(recipe: Recipe, rows: dict[str, Any]) -> dict[str, int]:
     args = recipe.training
     if args.max_length is None:
         return {}
-    path = os.path.expanduser(str(recipe.model.model_name_or_path))
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    path = Path(os.path.expanduser(str(recipe.model.model_name_or_path)))
+    name = str(path)
+    if is_adapter(path) and not has_tokenizer(path):
+        name = str(PeftConfig.from_pretrained(str(path)).base_model_name_or_path)
+    revision = None if is_adapter(path) else recipe.model.model_revision
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
     dropped = {}
     for share, given in rows.items():
         if given is None or "prompt" not in given.column_names:

@@ -140,8 +140,8 @@ class AttackArguments:
     attack_objective: Literal["targeted", "untargeted", "random", "refusal_direction"] = field(
         default="targeted",
         metadata={
-            "help": "Bring out the rejected completion, suppress the wanted one, draw a random perturbation, or remove "
-            "the refusal direction.",
+            "help": "Bring out the rejected completion, suppress the wanted one, draw a random perturbation, or "
+            "remove the refusal direction.",
             "choices": ["targeted", "untargeted", "random", "refusal_direction"],
         },
     )

@@ -31,16 +31,17 @@ def threat_section(args: Any, threat: ThreatModel) -> str:
             if args.attack_objective == "random"
             else f"{args.attack_objective}, {args.attack_steps} steps of {args.attack_optimizer}"
         )
+        ball = f"an {args.attack_norm} ball of radius {args.attack_radius:g} ({args.attack_radius_unit}, one ball a "
         attack = (
-            f"Perturbations of the hidden states of `{args.attack_positions}` tokens at {_sites(args, threat)}, inside "
-            f"an {args.attack_norm} ball of radius {args.attack_radius:g} ({args.attack_radius_unit}, one ball a "
-            f"{args.attack_ball}); search: {search}."
+            f"Perturbations of the hidden states of `{args.attack_positions}` tokens at {_sites(args, threat)}, "
+            f"inside {ball}{args.attack_ball}); search: {search}."
         )
     weights = ", ".join(f"{name} {weight:g}" for name, weight in args.weights(True).items())
     faithful = " Trained as the reference code does, its defects included (`faithful`)." if args.faithful else ""
     return (
         f"\n\n## Threat model\n\nTrained with trl-robust. {attack} Weights of the loss: {weights}; "
-        f"{args.updates_per_attack} update(s) an attack.{faithful}\n\nA model that withstands these perturbations has been tested against these perturbations. Attacks of another kind may still succeed.\n"
+        f"{args.updates_per_attack} update(s) an attack.{faithful}\n\nA model that withstands these "
+        "perturbations has been tested against these perturbations. Attacks of another kind may still succeed.\n"
     )
 
 
