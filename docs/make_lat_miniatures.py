@@ -52,14 +52,6 @@ class Miniature:
     columns: tuple[str, ...]
 
 
-GENERIC = {
-    "dataset_name": "generic_labels.jsonl",
-    "retain_dataset_name": None,
-    "benign_dataset_name": "benign.jsonl",
-    "sft_coef": 2.0,
-    "benign_per_example": 2,
-    "attack_away_coef": 0.0,
-}
 MINIATURES = {
     "jailbreak": Miniature(
         "quickstart.yaml",
@@ -100,8 +92,8 @@ MINIATURES = {
             Arm("gradient ascent", NO_ATTACK),
             Arm("gradient ascent, LAT"),
             Arm("gradient ascent (same compute)", NO_ATTACK, same_compute_as="gradient ascent, LAT"),
-            Arm("generic labels", {**GENERIC, **NO_ATTACK}),
-            Arm("generic labels, LAT", GENERIC),
+            Arm("generic labels", NO_ATTACK, "organism/generic_labels.yaml"),
+            Arm("generic labels, LAT", {}, "organism/generic_labels.yaml"),
             Arm("RMU", NO_ATTACK, "organism/rmu.yaml"),
             Arm("RMU, LAT", {}, "organism/rmu.yaml"),
             Arm("RMU (same compute)", NO_ATTACK, "organism/rmu.yaml", same_compute_as="RMU, LAT"),
@@ -182,9 +174,9 @@ def train(miniature: Miniature, arm: Arm, changes: dict[str, Any], organism: Org
     settings |= {"output_dir": output, "seed": seed, "model_name_or_path": organism.folder / miniature.start}
     words = ["--config", str(path)]
     for key, value in settings.items():
-        if key in DATA_KEYS and value is not None:
+        if key in DATA_KEYS:
             value = organism.data / Path(str(value)).name
-        words += [f"--{key}", "null" if value is None else str(value)]
+        words += [f"--{key}", str(value)]
     return training.run(load_recipe(_verb(path), words), quiet=True)
 
 

@@ -44,7 +44,7 @@ def keys(name):
 def test_the_recipes_are_found():
     names = {path.relative_to(recipes_folder()).as_posix() for path in RECIPES}
     assert {"lat/llama2_7b_jailbreak.yaml", "lat/llama3_8b_jailbreak.yaml", "quickstart.yaml"} <= names
-    assert Counter(path.parent.name for path in RECIPES) == {"lat": 19, "organism": 3, "recipes": 1}
+    assert Counter(path.parent.name for path in RECIPES) == {"lat": 19, "organism": 4, "recipes": 1}
     assert {verb_of(path) for path in RECIPES} == {"lat-sft", "lat-dpo", "lat-rmu"}
 
 

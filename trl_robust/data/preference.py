@@ -191,7 +191,7 @@ def join_benign(prepared: Dataset, benign: Dataset, per_example: int, seed: int)
     Gives every row of a prepared dataset its benign rows, so that they are sharded, shuffled and resumed together.
 
     The benign rows are dealt out in a random order, all of them before any comes a second time, each round in a new
-    order.
+    order. Those beyond `per_example` times the number of rows are never dealt.
 
     Args:
         prepared ([`~datasets.Dataset`]):

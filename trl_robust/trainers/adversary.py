@@ -159,7 +159,7 @@ class Adversary:
             # Drawn before the measuring, which must be the same on all processes.
             ablated = torch.rand((), generator=generator).item() < args.refusal_direction_prob
             self._measure_directions(step)
-            return self._ablation(batch) if ablated else None
+            return self._ablation(batch, draw[0]) if ablated else None
         if self.threat.radius_unit == "relative":
             self._calibrate()
         toward, away = args.attack_weights
@@ -179,7 +179,7 @@ class Adversary:
                 weight_decay=FAITHFUL_WEIGHT_DECAY if args.faithful else 0.0,
                 generator=generator,
                 preference=self.preference,
-                start=self._start,
+                start=self._start if self.model.training else {},  # every evaluation is the same
                 num_sites=args.attack_num_sites if args.attack_site_choice == "gradient" else None,
             )
         if self.model.training:
@@ -226,8 +226,8 @@ class Adversary:
             self.directions = refusal_directions(self.model, harmful, harmless, self.threat)
         self.passes += sum(batch["input_ids"].shape[0] for batch in (*harmful, *harmless))
 
-    def _ablation(self, batch: Batch) -> Ablation:
-        sites = self._threat_now(self._step).resolve_sites(self.model)
+    def _ablation(self, batch: Batch, step: int | str) -> Ablation:
+        sites = self._threat_now(step).resolve_sites(self.model)
         selected = selected_ranks(batch, self.threat.positions)
         return Ablation({site: self.directions[site] for site in sites}, selected, self.threat.stream)
 

@@ -38,13 +38,23 @@ class AttackedTrainer:
     _get_output_dir: Any
     current_gradient_accumulation_steps: int
 
-    def _add_adversary(self, preference: PreferenceLoss | None = None) -> None:
-        """Checks the model, freezes what is not trained, and makes the adversary."""
+    def _add_adversary(
+        self,
+        preference: PreferenceLoss | None = None,
+        *,
+        layers: Sequence[str] | None = None,
+        modules: Sequence[str] | None = None,
+    ) -> None:
+        """Checks the model, freezes all but some modules of some layers, and makes the adversary."""
         check_model(self.model, self.args)
         check_distribution(self.accelerator)
         if self.accelerator.device.type == "cpu":
             keep_4bit_differentiable(self.model)
-        train_only(self.model, self.args.trained_layers, self.args.trained_modules)
+        train_only(
+            self.model,
+            self.args.trained_layers if layers is None else layers,
+            self.args.trained_modules if modules is None else modules,
+        )
         self.adversary = Adversary(
             self.args, self.accelerator, self.model, self._sample_batches, self._record, preference
         )

@@ -133,17 +133,17 @@ class LATRMUTrainer(LATRows, AttackedTrainer, SFTTrainer):
         depth = len(decoder_layers(self.model))
         (layer,) = resolve_sites([args.rmu_layer], depth)
         self.layer = int(layer)
-        if hasattr(self.model, "peft_config"):
-            args.trained_layers = args.trained_modules = []
+        below = [str(number) for number in range(max(0, self.layer - 2), self.layer + 1)]
+        layers, modules = args.trained_layers or below, args.trained_modules
+        if hasattr(self.model, "peft_config"):  # the published modules are a default for whole weights
+            layers, modules = args.trained_layers, []
             freeze_above(self.model, self.layer)
-        elif not args.trained_layers:
-            args.trained_layers = [str(number) for number in range(max(0, self.layer - 2), self.layer + 1)]
-        elif any(int(above) > self.layer for above in resolve_sites(args.trained_layers, depth)):
+        elif any(int(above) > self.layer for above in resolve_sites(layers, depth)):
             raise ValueError(
                 f"`trained_layers` {args.trained_layers} go above `rmu_layer` {args.rmu_layer} (layer {self.layer}), "
                 "where the loss has no gradient. Name layers up to it."
             )
-        self._add_adversary()
+        self._add_adversary(layers=layers, modules=modules)
         self.base = FrozenBase(self.model)
         self._vectors: dict[str, torch.Tensor] = {}
 

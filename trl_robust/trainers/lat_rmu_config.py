@@ -37,7 +37,7 @@ class LATRMUConfig(AttackArguments, SFTConfig):
         trained_layers (`list[str]`, *optional*):
             Defaults to `rmu_layer` and the two layers below it. Layers above `rmu_layer` have no gradient.
         trained_modules (`list[str]`, *optional*, defaults to `["down_proj"]`):
-            The published choice. `[]` trains all of these layers.
+            The published choice. `[]` trains all of these layers. With adapters it has no effect.
     """
 
     attack_sites: list[str] = field(

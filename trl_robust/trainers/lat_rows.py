@@ -25,6 +25,7 @@ class LATRows:
 
     args: Any
     chat_template: Any
+    completion_only_loss: bool
     _signature_columns: Any
     _training_rows: Dataset
     _benign_dataset: Dataset | None
@@ -79,7 +80,12 @@ class LATRows:
                 for column in ("input_ids", "labels"):
                     prepared = prepared.add_column(f"away_{column}", other[column][:])
         if is_training and self._benign_dataset is not None:
+            # TRL decided from the training rows whether prompts are trained on; corpora have none, benign rows may.
+            decided = self.completion_only_loss
+            if args.completion_only_loss is None:
+                self.completion_only_loss = "prompt" in self._benign_dataset.column_names
             benign = prepare(self._benign_dataset, "benign")
+            self.completion_only_loss = decided
             prepared = join_benign(prepared, benign, args.benign_per_example, args.seed)
         return prepared
 

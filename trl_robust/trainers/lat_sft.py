@@ -138,7 +138,9 @@ class LATSFTTrainer(LATRows, AttackedTrainer, SFTTrainer):
                 "`benign_dataset` out."
             )
         self._training_rows = train_dataset
-        self._benign_dataset = as_prompt_completion(benign_dataset, "benign") if uses_benign else None
+        self._benign_dataset = (
+            as_prompt_completion(benign_dataset, "benign", needs_prompt=ablates) if uses_benign else None
+        )
 
         super().__init__(
             model=model,

@@ -33,7 +33,8 @@ class LATSFTConfig(BenignTermArguments, AttackArguments, SFTConfig):
 
     > [!NOTE]
     > Every term is a mean over its tokens in the whole accumulated batch, so that splitting a batch into micro-batches
-    > changes nothing. Coefficients are used as they are (the reference code normalises them to sum to 1; `faithful`).
+    > changes nothing (but for `kl_form: log`, which divides by each micro-batch's own value, and a choice of sites by
+    > gradient). Coefficients are used as they are (the reference code normalises them to sum to 1; `faithful`).
     """
 
     toward_coef: float = field(
