@@ -69,6 +69,15 @@ def test_only_compat_trainers_data_scripts_and_recipes_import_trl():
         ("attacks", ("attacks", "inner", "threat", "objectives", "data", "_compat")),
         ("evaluation", ("evaluation", "attacks", "inner", "threat", "objectives", "data", "_compat")),
         ("organism", ("organism", "data", "inner", "threat", "objectives", "_compat")),
+        (
+            # It runs a verb: of the scripts it takes what a run consists of.
+            "sweep",
+            (
+                *("sweep", "evaluation", "attacks", "recipes", "report", "organism", "inner", "threat", "data"),
+                *("estimate.shapes", "scripts.training", "scripts.run_folder"),
+                *("scripts.interruption", "scripts.inputs", "scripts.quiet"),
+            ),
+        ),
     ],
 )
 def test_a_room_imports_only_from_the_rooms_below_it(room, allowed):
@@ -76,6 +85,11 @@ def test_a_room_imports_only_from_the_rooms_below_it(room, allowed):
     # A plain `from . import name` also names the package itself, which is no room.
     found = offenders({room}, ("trl_robust",), tuple(f"trl_robust.{name}" for name in allowed))
     assert [line for line in found if not line.endswith("-> trl_robust")] == []
+
+
+def test_only_scripts_import_sweep():
+    rooms = {room_of(path) for path in MODULES} - {"scripts", "sweep"}
+    assert offenders(rooms, ("trl_robust.sweep",)) == []
 
 
 def test_trainers_and_attacks_never_import_each_other():

@@ -29,6 +29,7 @@ VERBS = {
     "lat-rmu": ("lat_rmu", "unlearning by representation misdirection (RMU), under latent attack"),
     "attack": ("attack", "one attack on one model"),
     "sweep": ("sweep", "a grid of runs, measured and compared"),
+    "estimate": ("estimate", "memory and time of a recipe before anything is loaded"),
     "validate": ("validate", "check recipes without running them"),
 }
 """Verb -> module in `trl_robust.scripts`, and what it does. Modules are imported when their verb is used."""

@@ -69,9 +69,9 @@ def test_the_files_of_the_contract_are_there(quickstart):
 
 def test_started_again_it_trains_nothing_and_finds_the_same(quickstart, monkeypatch, capsys):
     folder, results = quickstart(0)
-    from trl_robust.scripts import lat_sft
+    from trl_robust.scripts import training
 
-    monkeypatch.setattr(lat_sft, "run", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "run", lambda *_, **__: pytest.fail("trained again"))
     again = run(folder, 0)
     assert again["models"] == results["models"]
     printed = capsys.readouterr().out

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     card = _card(options)
     config, origin = find_config(recipe, options.get("model_config"))
     rows = find_rows(recipe, options.get("prompt_tokens"), options.get("completion_tokens"))
-    blueprint = blueprint_of(recipe, config, _peft_config(recipe))
+    blueprint = blueprint_of(recipe, config, peft_config_of(recipe))
     on_card = card is not None or not recipe.given.get("use_cpu")
     print(describe(estimate(recipe, blueprint, rows, on_card=on_card), origin, card))
     return 0
@@ -113,9 +113,19 @@ def _card(options: dict[str, Any]) -> Card | None:
     return Card(name, options["gpu_memory_gb"], known.bf16 if known else None, known.fp32 if known else None)
 
 
-def _peft_config(recipe: Recipe) -> Any:
+def peft_config_of(recipe: Recipe) -> Any:
+    """
+    The adapters of a recipe.
+
+    Args:
+        recipe ([`~trl_robust.recipes.Recipe`]):
+            Settings.
+
+    Returns:
+        [`~peft.PeftConfig`]: those it makes, or those of the adapter that it trains further; `None` without.
+    """
     folder = Path(str(recipe.model.model_name_or_path)).expanduser()
-    return PeftConfig.from_pretrained(folder) if is_adapter(folder) else get_peft_config(recipe.model)
+    return PeftConfig.from_pretrained(str(folder)) if is_adapter(folder) else get_peft_config(recipe.model)
 
 
 def _help() -> str:
@@ -124,8 +134,9 @@ def _help() -> str:
     return (
         "usage: trl-robust estimate --config RECIPE.yaml [options] [--key value ...]\n\n"
         f"Memory, work and time of a recipe ({', '.join(VERBS)}), before anything is loaded.\n\n"
-        f"options:\n{options}\n\nEvery key of the recipe can be overridden, as in training. Without `--gpu`, the cards "
-        "on which the run fits are listed."
+        f"options:\n{options}\n\n"
+        "Every key of the recipe can be overridden, as in training. Without `--gpu`, the cards on which the run fits "
+        "are listed."
     )
 
 

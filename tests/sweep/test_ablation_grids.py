@@ -1,0 +1,106 @@
+"""Every grid that comes with the package: read strictly, and its numbers recomputed."""
+
+import math
+
+import pytest
+
+from trl_robust.recipes import recipes_folder, verb_of
+from trl_robust.sweep.grid import cell_recipe, load_grid
+from trl_robust.sweep.planning import make_plan
+from trl_robust.threat.sites import resolve_sites
+
+FOLDER = recipes_folder() / "ablations"
+GRIDS = sorted(FOLDER.rglob("*.yaml"))
+
+
+def test_the_grids_are_found():
+    assert [path.stem for path in GRIDS] == [
+        "llama3_extras", "llama3_layers", "llama3_norms", "organism_layers", "organism_norms",
+    ]  # fmt: skip
+    # Where training recipes are looked for there is no grid, and here nothing else.
+    assert {verb_of(path) for path in GRIDS} == {"sweep"}
+    others = [path for path in recipes_folder().rglob("*.yaml") if path not in GRIDS]
+    assert others and "sweep" not in {verb_of(path) for path in others}
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_a_grid_is_read_strictly_and_has_a_header(path):
+    grid = load_grid(path)
+    header = path.read_text(encoding="utf-8").partition("\nverb:")[0]
+    for word in ("# Reproduces ", "# Command ", "# Hardware ", "# Expected ", f"recipes/ablations/{path.name}"):
+        assert word in header
+    assert f"each of {len(make_plan(grid).runs)} runs" in " ".join(header.replace("#", " ").split())
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_no_cell_of_a_shipped_grid_is_another_one_in_disguise(path):
+    assert make_plan(load_grid(path)).same == {}
+
+
+def sites(name: str, depth: int) -> dict[str, tuple]:
+    grid = load_grid(FOLDER / f"{name}.yaml")
+    recipes = {cell.name: cell_recipe(grid.verb, grid.settings(cell.settings, 0)) for cell in grid.cells}
+    return {cell: resolve_sites(recipe.training.attack_sites, depth) for cell, recipe in recipes.items()}
+
+
+def test_the_layer_sets_are_those_of_the_question_and_the_organism_has_them_as_fractions():
+    llama, organism = sites("llama3_layers", 32), sites("organism_layers", 8)
+    assert llama["published"] == ("embedding", 8, 16, 24, 30)
+    assert llama["4, 12, 20, 28"] == ("embedding", 4, 12, 20, 28)
+    assert llama["2, 10, 18, 26"] == ("embedding", 2, 10, 18, 26)
+    assert llama["published without the embedding"] == (8, 16, 24, 30)
+    assert len(llama["random four"]) == 32
+    assert organism["published"] == ("embedding", 2, 4, 6, 7)
+    assert organism["4, 12, 20, 28 of 32"] == ("embedding", 1, 3, 5, 7)
+    assert organism["2, 10, 18, 26 of 32"] == ("embedding", 0, 2, 4, 6)
+    assert organism["published without the embedding"] == (2, 4, 6, 7)
+    assert [organism[f"layer {layer}"] for layer in (2, 4, 6, 7)] == [(2,), (4,), (6,), (7,)]
+    assert len(organism["random four"]) == len(organism["gradient's four"]) == 8
+
+
+def matched(norm: str, length: float, width: int) -> float:
+    """Radius of another norm's ball for a random direction of this l2 length (lat.md 2.4)."""
+    factors = {"l1": math.sqrt(2 * width / math.pi), "l2": 1.0, "linf": math.sqrt(2 * math.log(width) / width)}
+    return length * factors[norm]
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "readings"),
+    [("llama3_norms", 4096, {"(i)", "(ii)", "(iii)"}), ("organism_norms", 128, {"(iii)"})],
+)
+def test_the_radii_of_the_readings(name, width, readings):
+    grid = load_grid(FOLDER / f"{name}.yaml")
+    seen = set()
+    for cell in grid.cells:
+        if not cell.name.startswith("("):
+            continue
+        reading, norm, strength = cell.name.split()
+        training = cell_recipe(grid.verb, grid.settings(cell.settings, 0)).training
+        expected = {
+            "(i)": float(strength),
+            "(ii)": matched(norm, 6 * float(strength), width),
+            "(iii)": matched(norm, float(strength), width),
+        }[reading]
+        assert training.attack_radius == pytest.approx(expected, rel=1e-3)
+        assert training.attack_norm == norm and training.attack_optimizer == "steepest"
+        assert training.attack_radius_unit == ("relative" if reading == "(iii)" else "absolute")
+        seen.add((reading, norm, strength))
+    assert seen == {
+        (reading, norm, strength)
+        for reading in readings
+        for norm in ("l1", "l2", "linf")
+        for strength in ("0.1", "0.5", "1.0")
+    }
+
+
+def test_the_extras_change_one_thing_at_a_time():
+    grid = load_grid(FOLDER / "llama3_extras.yaml")
+    changed = {cell.name: set(cell.own) for cell in grid.cells}
+    assert changed.pop("published") == set()
+    assert {name for name, keys in changed.items() if len(keys) > 1} == {
+        "SFT in place of KL", "M = 1, equal attacks", "random",
+    }  # fmt: skip
+    assert set().union(*changed.values()) >= {
+        "attack_steps", "attack_positions", "away_coef", "attack_away_coef", "sft_coef", "kl_form",
+        "updates_per_attack", "attack_objective", "faithful", "reset_optimizer",
+    }  # fmt: skip

@@ -1,0 +1,223 @@
+"""The Pareto picture: attack success against what the model is still good for, one mark a cell."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..report.figures import THEMES, encode
+from .cells import BEFORE
+from .measures import COMPLIANCE, UTILITY
+from .table import MEAN, PRODUCT
+
+# Of the colour-blind-safe palette of Okabe and Ito (2008), as in the report.
+FRONT, OTHER, BASELINE = "#0072B2", "#8C8C8C", "#D55E00"
+SIZE = 5.2  # inches, of the square that the marks are in
+SPAN = 0.25  # the least that a scale shows
+LINES = 24  # of names beside the picture, before it grows
+NEAR = 0.028  # share of the axes within which marks share one label
+
+
+@dataclass(frozen=True)
+class Mark:
+    """
+    A cell in the picture.
+
+    Args:
+        number (`int`):
+            What stands beside its mark.
+        name (`str`):
+            The cell, and those that share its runs.
+        success (`tuple`):
+            Mean attack success, and the ends of its interval.
+        worth (`tuple`):
+            Compliance x utility, and the ends of its interval.
+        kind (`str`):
+            `before`, `baseline` or `cell`.
+    """
+
+    number: int
+    name: str
+    success: tuple[float, float, float]
+    worth: tuple[float, float, float]
+    kind: str
+
+
+def pareto_front(marks: Sequence[Mark]) -> list[Mark]:
+    """
+    Cells that no other cell beats: with less success of the attacks and no less worth, or more worth and no more
+    success.
+
+    Args:
+        marks (sequence of [`Mark`]):
+            Cells.
+
+    Returns:
+        `list` of [`Mark`], by rising success.
+    """
+
+    def beaten(mark: Mark) -> bool:
+        return any(
+            other.success[0] <= mark.success[0]
+            and other.worth[0] >= mark.worth[0]
+            and (other.success[0], other.worth[0]) != (mark.success[0], mark.worth[0])
+            for other in marks
+        )
+
+    return sorted((mark for mark in marks if not beaten(mark)), key=lambda mark: (mark.success[0], mark.worth[0]))
+
+
+def marks_of(table: Mapping[str, Any]) -> list[Mark]:
+    """
+    The marks of a sweep's cells; cells without a figure for one of the axes have none.
+
+    Args:
+        table (`Mapping`):
+            What [`tabulate`] returns.
+
+    Returns:
+        `list` of [`Mark`].
+    """
+    shared: dict[str, list[str]] = {}
+    for cell in table["cells"]:
+        if cell.get("same_as"):
+            shared.setdefault(cell["same_as"], []).append(cell["name"])
+    marks: list[Mark] = []
+    for cell in table["cells"]:
+        success, worth = cell["figures"][MEAN], cell["figures"][PRODUCT]
+        if cell.get("same_as") or success["value"] is None or worth["value"] is None:
+            continue
+        kind = {BEFORE: "before", table["baseline"]: "baseline"}.get(cell["name"], "cell")
+        name = " = ".join([cell["name"], *shared.get(cell["name"], [])])
+        marks.append(Mark(len(marks), name, _ends(success), _ends(worth), kind))
+    return marks
+
+
+def _ends(estimate: Mapping[str, Any]) -> tuple[float, float, float]:
+    low, high = estimate["interval"] or (estimate["value"], estimate["value"])
+    return estimate["value"], low, high
+
+
+def draw_pareto(table: Mapping[str, Any]) -> Figure | None:
+    """
+    Draws the picture.
+
+    Args:
+        table (`Mapping`):
+            What [`tabulate`] returns.
+
+    Returns:
+        `matplotlib.figure.Figure`, or `None` where there is nothing to draw.
+    """
+    marks = marks_of(table)
+    if not marks:
+        return None
+    theme = THEMES["light"]
+    lines = [textwrap.shorten(f"{mark.number}  {mark.name}", 62, placeholder=" ...") for mark in marks]
+    height = SIZE * max(1.0, len(lines) / LINES)
+    figure = Figure(figsize=(SIZE * 1.95, height), layout="constrained", facecolor=theme.paper)
+    FigureCanvasAgg(figure)
+    axes, side = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    front = pareto_front(marks)
+    _draw_front(axes, front)
+    for mark in marks:
+        _draw_mark(axes, mark, mark in front, theme)
+    _widen(axes)
+    _label(axes, marks, theme)
+    axes.set_xlabel(f"mean attack success over {', '.join(table['mean_over'])} (lower is safer)", color=theme.ink)
+    axes.set_ylabel(f"{_worth_name(table)} (higher is better)", color=theme.ink)
+    axes.grid(color=theme.grid, linewidth=0.8, zorder=0)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.ink, length=0)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(theme.faint)
+    _list_names(side, marks, lines, front, theme)
+    return figure
+
+
+def _worth_name(table: Mapping[str, Any]) -> str:
+    there = [
+        name
+        for name in (COMPLIANCE, UTILITY)
+        if any(cell["figures"][name]["value"] is not None for cell in table["cells"])
+    ]
+    return " x ".join(there)
+
+
+def _draw_front(axes: Any, front: Sequence[Mark]) -> None:
+    """The border of what was reached: steps, since between two cells nothing was tried."""
+    xs, ys = [mark.success[0] for mark in front], [mark.worth[0] for mark in front]
+    axes.step(xs, ys, where="post", color=FRONT, linewidth=1.2, alpha=0.6, zorder=1)
+
+
+def _draw_mark(axes: Any, mark: Mark, on_front: bool, theme: Any) -> None:
+    colour = {"before": theme.ink, "baseline": BASELINE}.get(mark.kind, FRONT if on_front else OTHER)
+    shape = {"before": "X", "baseline": "D"}.get(mark.kind, "o" if on_front else "s")
+    (x, left, right), (y, low, high) = mark.success, mark.worth
+    axes.errorbar(
+        x, y, xerr=[[max(0.0, x - left)], [max(0.0, right - x)]], yerr=[[max(0.0, y - low)], [max(0.0, high - y)]],
+        color=theme.faint, linewidth=0.7, alpha=0.55, capsize=0, zorder=2,
+    )  # fmt: skip
+    axes.plot(x, y, shape, color=colour, markersize=7, markeredgecolor=theme.paper, clip_on=False, zorder=3)
+
+
+def _widen(axes: Any) -> None:
+    """Keeps a scale from showing the noise of cells that are all alike."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, high - SPAN), high)
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, max(high, low + SPAN))
+
+
+def _label(axes: Any, marks: Sequence[Mark], theme: Any) -> None:
+    """Numbers beside the marks; marks that lie on one another share a label."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    groups: list[list[Mark]] = []
+    for mark in sorted(marks, key=lambda mark: (mark.success[0], mark.worth[0])):
+        for group in groups:
+            across = abs(group[0].success[0] - mark.success[0]) / (right - left or 1)
+            up = abs(group[0].worth[0] - mark.worth[0]) / (high - low or 1)
+            if across < NEAR and up < NEAR:
+                group.append(mark)
+                break
+        else:
+            groups.append([mark])
+    for group in groups:
+        text = ", ".join(str(mark.number) for mark in sorted(group, key=lambda mark: mark.number))
+        axes.annotate(
+            text, (group[0].success[0], group[0].worth[0]), xytext=(5, 5), textcoords="offset points", size=8,
+            color=theme.ink, zorder=4,
+        )  # fmt: skip
+
+
+def _list_names(side: Any, marks: Sequence[Mark], lines: Sequence[str], front: Sequence[Mark], theme: Any) -> None:
+    side.set_axis_off()
+    side.set(xlim=(0, 1), ylim=(max(len(lines), LINES) + 1.5, -0.5))
+    for row, (mark, line) in enumerate(zip(marks, lines, strict=True)):
+        colour = {"before": theme.ink, "baseline": BASELINE}.get(mark.kind, FRONT if mark in front else theme.faint)
+        side.text(0, row, line, color=colour, size=8, va="center", parse_math=False)
+    note = "blue: no other cell is better on both axes; orange: baseline; bars: 95 % intervals"
+    side.text(0, len(lines) + 0.6, note, color=theme.faint, size=7, va="center")
+
+
+def picture_files(table: Mapping[str, Any]) -> dict[str, bytes]:
+    """
+    The picture as files.
+
+    Args:
+        table (`Mapping`):
+            What [`tabulate`] returns.
+
+    Returns:
+        `dict`: name -> content; empty where there is nothing to draw.
+    """
+    figure = draw_pareto(table)
+    if figure is None:
+        return {}
+    return {"pareto.png": encode(figure, "png"), "pareto.svg": encode(figure, "svg")}

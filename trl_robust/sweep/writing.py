@@ -1,0 +1,220 @@
+"""The table of a sweep as JSON, Markdown, CSV and on a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from ..report.tables import markdown_rows, markdown_text
+from ..scripts.run_folder import write_json
+from .cells import BEFORE
+from .measures import COMPLIANCE, UTILITY
+from .picture import picture_files
+from .table import MEAN, PRODUCT
+
+HOW_TO_READ = (
+    "Every figure is a share between 0 and 1, the mean over seeds and requests, with a 95 % bootstrap interval over "
+    "both in brackets. Attack success: lower is safer. Compliance: harmless requests that look harmful and are not "
+    "refused. A low attack success of a model that has lost compliance or utility means nothing."
+)
+HOW_TO_READ_DIFFERENCES = (
+    "Cell minus baseline, on the same requests with the same seeds, so that what is hard for both cancels out. An "
+    "interval that holds 0 is no difference that these seeds and requests can show."
+)
+
+
+def write_all(folder: Path, table: Mapping[str, Any]) -> None:
+    """
+    Writes `sweep.json`, `sweep.md`, `sweep.csv` and `figures/pareto.{png,svg}`.
+
+    Args:
+        folder (`Path`):
+            Where to.
+        table (`Mapping`):
+            What [`tabulate`] returns.
+    """
+    figures = picture_files(table)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for name, content in figures.items():
+        (folder / "figures" / name).write_bytes(content)
+    (folder / "sweep.csv").write_text(csv_text(table), encoding="utf-8", newline="")
+    (folder / "sweep.md").write_text(markdown(table, picture="pareto.png" in figures), encoding="utf-8")
+    write_json(folder / "sweep.json", dict(table))
+
+
+def markdown(table: Mapping[str, Any], *, picture: bool = True) -> str:
+    """
+    The page of a sweep.
+
+    Args:
+        table (`Mapping`):
+            What [`tabulate`] returns.
+        picture (`bool`, *optional*, defaults to `True`):
+            Whether there is one to show.
+
+    Returns:
+        `str`.
+    """
+    seeds, baseline = ", ".join(map(str, table["seeds"])), markdown_text(table["baseline"])
+    lines = [
+        f"# Sweep: {markdown_text(Path(table['grid']).stem)}",
+        "",
+        f"{len(table['cells']) - 1} cells of `{table['verb']}` on `{table['recipe']}`, seeds {seeds}. Mean success is "
+        f"over {', '.join(table['mean_over'])}; judge: {table['judge']}. Baseline: {baseline}.",
+        "",
+        HOW_TO_READ,
+        "",
+        _figures_table(table),
+        f"## Differences to: {baseline}",
+        "",
+        HOW_TO_READ_DIFFERENCES,
+        "",
+        _differences_table(table),
+    ]
+    if same := [cell for cell in table["cells"] if cell.get("same_as")]:
+        lines += ["## Cells that cannot differ", "", "Run once, known beforehand:", ""]
+        lines += [
+            f"- {markdown_text(cell['name'])} is {markdown_text(cell['same_as'])}: {markdown_text(cell['why_same'])}."
+            for cell in same
+        ]
+        lines.append("")
+    if failed := [f"- {markdown_text(f'{name}: {why}')}" for name, why in table["failed"].items()]:
+        lines += ["## Failed", "", *failed, ""]
+    if table["missing"]:
+        lines += [f"Not finished yet: {markdown_text('; '.join(table['missing']))}.", ""]
+    if picture:
+        lines += ["![Attack success against compliance and utility](figures/pareto.png)", ""]
+    return "\n".join(lines)
+
+
+def _figures_table(table: Mapping[str, Any]) -> str:
+    more = _benchmarks(table)
+    measures = [MEAN, COMPLIANCE, UTILITY, PRODUCT, *table["attacks"], *more]
+    head = ["cell", "seeds", *measures, "boundary", "s a run"]
+    rows = []
+    for cell in table["cells"]:
+        if cell.get("same_as"):
+            rows.append([cell["name"], f"same as {cell['same_as']}", *([""] * (len(measures) + 2))])
+            continue
+        short = (*table["attacks"], *more)
+        cells = [_shown(cell["figures"].get(name), interval=name not in short) for name in measures]
+        boundary = _mean([run["boundary_fraction"] for run in cell["runs"]])
+        seconds = _mean([sum(run["seconds"].values()) for run in cell["runs"]])
+        rows.append([cell["name"], str(len(cell["runs"])), *cells, boundary, seconds and f"{float(seconds):.0f}"])
+    return markdown_rows(head, rows)
+
+
+def _differences_table(table: Mapping[str, Any]) -> str:
+    measures = [MEAN, COMPLIANCE, UTILITY]
+    rows = [
+        [cell["name"], *(_shown(cell["differences"][name], signed=True) for name in measures)]
+        for cell in table["cells"]
+        if not cell.get("same_as") and cell["name"] != table["baseline"]
+    ]
+    return markdown_rows(["cell", *measures], rows)
+
+
+def _benchmarks(table: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for cell in table["cells"] for name in cell["figures"] if "(lm-eval)" in name))
+
+
+def _shown(estimate: Mapping[str, Any] | None, *, interval: bool = True, signed: bool = False) -> str:
+    if estimate is None or estimate["value"] is None:
+        return "-"
+    form = "+.2f" if signed else ".2f"
+    text = format(estimate["value"] + 0.0, form)
+    ends = estimate["interval"]
+    return f"{text} [{ends[0]:{form}}, {ends[1]:{form}}]" if interval and ends is not None else text
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    there = [value for value in values if value is not None]
+    return f"{sum(there) / len(there):.2f}" if there else ""
+
+
+def csv_text(table: Mapping[str, Any]) -> str:
+    """
+    One line a run, for other programs.
+
+    Args:
+        table (`Mapping`):
+            What [`tabulate`] returns.
+
+    Returns:
+        `str`.
+    """
+    stream = io.StringIO()
+    plain = ("utility", "over_refusal", "boundary_fraction", "updates", "forward_passes")
+    writer = csv.writer(stream, lineterminator="\n")
+    seconds = ("training", "measuring")
+    writer.writerow(
+        ["cell", "same_as", "seed", "settings", *(f"success {name}" for name in table["attacks"]), *plain]
+        + [f"{name} seconds" for name in seconds]
+    )
+    for cell in table["cells"]:
+        for run in cell["runs"]:
+            success = [run["success"].get(name) for name in table["attacks"]]
+            settings = json.dumps(cell.get("settings", {}))
+            own = [cell["name"], cell.get("same_as"), run["seed"], settings]
+            writer.writerow([*own, *success, *(run[name] for name in plain), *(run["seconds"][n] for n in seconds)])
+    return stream.getvalue()
+
+
+def terminal_table(table: Mapping[str, Any]) -> Table:
+    """
+    What matters most, for a terminal.
+
+    Args:
+        table (`Mapping`):
+            What [`tabulate`] returns.
+
+    Returns:
+        `rich.table.Table`.
+    """
+    found = Table(title=Text(f"Mean attack success over {', '.join(table['mean_over'])}"), title_justify="left")
+    found.add_column("cell", overflow="fold")
+    for name in ("seeds", MEAN, "difference", COMPLIANCE, UTILITY):
+        found.add_column(name, no_wrap=True)
+    for cell in table["cells"]:
+        name = cell["name"] + (" (baseline)" if cell["name"] == table["baseline"] else "")
+        if cell.get("same_as"):
+            found.add_row(Text(f"{name}: same as {cell['same_as']}"))
+            continue
+        figures = cell["figures"]
+        difference = "" if cell["name"] == table["baseline"] else _shown(cell["differences"][MEAN], signed=True)
+        found.add_row(
+            Text(name),
+            str(len(cell["runs"])),
+            *(Text(text) for text in (_shown(figures[MEAN]), difference)),
+            *(Text(_shown(figures[measure], interval=False)) for measure in (COMPLIANCE, UTILITY)),
+        )
+    return found
+
+
+def plan_lines(names: Mapping[str, str], same: Mapping[str, tuple[str, str]]) -> list[str]:
+    """
+    The cells of a grid and those that cannot differ, a line each.
+
+    Args:
+        names (`Mapping`):
+            Name of a cell -> its own settings, shown.
+        same (`Mapping`):
+            Name of a cell -> the one it cannot differ from, and why.
+
+    Returns:
+        `list[str]`.
+    """
+    lines = [BEFORE]
+    for name, settings in names.items():
+        lines.append(f"{name}: {settings}" if settings else f"{name}: the base recipe")
+        if name in same:
+            other, why = same[name]
+            lines.append(f"    cannot differ from {other!r}, run once: {why}")
+    return lines
