@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -103,7 +104,7 @@ MINIATURES = {
 }
 
 
-def run(name: str, folder: Path, seed: int) -> dict[str, dict[str, float]]:
+def run(name: str, folder: Path, seed: int, arms: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """
     Runs a miniature on one seed; what is finished is read.
 
@@ -114,11 +115,14 @@ def run(name: str, folder: Path, seed: int) -> dict[str, dict[str, float]]:
             Where organisms and results go.
         seed (`int`):
             Seed of the world, the models and the trainings.
+        arms (sequence of `str`, *optional*):
+            Only these, by name.
 
     Returns:
         `dict`: for every arm, the model before training first, what was measured and its cost.
     """
     miniature, console = MINIATURES[name], Console(stderr=True)
+    wanted = [arm for arm in miniature.arms if arms is None or arm.name in arms]
     with quiet():
         organism = build_organism(folder / f"organism-{seed}", seed=seed)
         done = folder / name / f"seed-{seed}.json"
@@ -131,7 +135,7 @@ def run(name: str, folder: Path, seed: int) -> dict[str, dict[str, float]]:
 
         if miniature.before not in found:
             keep(miniature.before, measure(name, organism.folder / miniature.start, organism))
-        for arm in miniature.arms:
+        for arm in wanted:
             if arm.name in found:
                 continue
             console.print(f"{name}, seed {seed}: {arm.name}")
@@ -150,7 +154,7 @@ def run(name: str, folder: Path, seed: int) -> dict[str, dict[str, float]]:
             cost = {PASSES: trainer.forward_passes, "steps": float(trainer.state.global_step)}
             keep(arm.name, measure(name, output, organism) | cost)
             shutil.rmtree(output)
-    return {arm: found[arm] for arm in (miniature.before, *(arm.name for arm in miniature.arms))}
+    return {arm: found[arm] for arm in (miniature.before, *(arm.name for arm in wanted))}
 
 
 def _recipe(miniature: Miniature, arm: Arm) -> Path:

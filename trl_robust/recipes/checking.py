@@ -321,8 +321,8 @@ def _check_lengths(recipe: Recipe, share: str, rows: Dataset, tokenizer: Any) ->
     plain = not is_conversational({"prompt": first[0]["prompt"]})
     if share == "train" and plain and tokenizer.chat_template is not None:
         recipe.notes.append(
-            "The rows are plain and the tokenizer has a chat template, which is not applied to them; attacks apply it. "
-            "For a chat model set `chat_format: true`."
+            "The rows are plain and the tokenizer has a chat template, which is not applied to them; attacks apply "
+            "it. For a chat model set `chat_format: true`."
         )
     if training.max_length is None or training.max_length < 1:
         return []

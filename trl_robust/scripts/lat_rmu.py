@@ -1,4 +1,4 @@
-"""Unlearning by representation misdirection (RMU) under latent attack: `trl-robust lat-rmu --config RECIPE.yaml [--key value ...]`."""
+"""Unlearning by representation misdirection under latent attack: `trl-robust lat-rmu --config RECIPE.yaml`."""
 
 from __future__ import annotations
 
