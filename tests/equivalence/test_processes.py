@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import assert_same, distance, make, trained
+from runs import assert_same, distance, trained
 from safetensors.torch import load_file
 from tiny import lora, tiny_model
-from two_processes import SETTINGS, run
+from two_processes import MODULES, SETTINGS, run
 
 
 def free_port() -> int:
@@ -21,12 +21,13 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_same_weights_and_those_of_one_with_the_whole_batch(tmp_path):
+@pytest.mark.parametrize("kind", list(SETTINGS))
+def test_two_processes_have_the_same_weights_and_those_of_one_with_the_whole_batch(tmp_path, kind):
     port = str(free_port())
     command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(tmp_path)]
     ranks = [
         subprocess.Popen(
-            [*command, str(rank)],
+            [*command, str(rank), kind],
             env={
                 **os.environ,
                 "RANK": str(rank),
@@ -51,8 +52,9 @@ def test_two_processes_have_the_same_weights_and_those_of_one_with_the_whole_bat
 
     found = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     assert_same(*found)
-    start = trained(make(tmp_path, **{**SETTINGS, "kl_coef": 0.0}, dropout=None, model=lora(tiny_model())))
-    whole = run(tmp_path / "whole")
+    settings = {**SETTINGS[kind], "kl_coef": 0.0}
+    start = trained(MODULES[kind].make(tmp_path, **settings, dropout=None, model=lora(tiny_model())))
+    whole = run(kind, tmp_path / "whole")
     updates = [{name: after[name] - start[name] for name in start} for after in (found[0], trained(whole))]
     assert max(update.abs().max() for update in updates[1].values()) > 1e-3
     assert distance(*updates) < 1e-5

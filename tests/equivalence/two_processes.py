@@ -4,23 +4,28 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import conftest  # noqa: E402, F401
-from runs import EVERYTHING, benign_data, train, trained  # noqa: E402
+import dpo_runs  # noqa: E402
+import runs  # noqa: E402
+from runs import EVERYTHING, benign_data, trained  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tiny import lora, tiny_model  # noqa: E402
 
-SETTINGS = {**EVERYTHING, "optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "gradient_accumulation_steps": 2}
+SGD = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "gradient_accumulation_steps": 2}
+SETTINGS = {"sft": {**EVERYTHING, **SGD}, "dpo": {**dpo_runs.ATTACK, "kl_coef": 0.3, **SGD}}
+MODULES = {"sft": runs, "dpo": dpo_runs}
 
 
-def run(folder: Path, **changes):
-    return train(folder, **{**SETTINGS, **changes}, benign=benign_data(), dropout=None, model=lora(tiny_model()))
+def run(kind: str, folder: Path, **changes):
+    settings = {**SETTINGS[kind], **changes}
+    return MODULES[kind].train(folder, **settings, benign=benign_data(), dropout=None, model=lora(tiny_model()))
 
 
 if __name__ == "__main__":
-    target, rank = Path(sys.argv[1]), sys.argv[2]
+    target, rank, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     # Two processes with two rows each take what one process with four takes.
-    trainer = run(target, per_device_train_batch_size=2, ddp_backend="gloo")
+    trainer = run(kind, target, per_device_train_batch_size=2, ddp_backend="gloo")
     assert trainer.accelerator.num_processes == 2
     save_file({name: value.contiguous() for name, value in trained(trainer).items()}, target / f"{rank}.safetensors")
     (target / f"{rank}.json").write_text(json.dumps(trainer.state.log_history[0]))

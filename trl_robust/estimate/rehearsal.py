@@ -287,7 +287,7 @@ class Rehearsal:
                 model.enable_input_require_grads()
         for parameter in model.parameters():
             if parameter.requires_grad:
-                # Added to one that is counted elsewhere; under a dispatch mode torch would make a new tensor of the two.
+                # It is added to one that is counted elsewhere; in a dispatch mode torch would make a third.
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         return model
 

@@ -5,6 +5,7 @@ The step itself (`training_step`, `compute_loss`) stands in each trainer's own f
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from .repeat_sampler import RepeatedBlockSampler
 from .threat_card import threat_section
 
 
-class AttackedTrainer:
+class AttackedTrainer(ABC):
     """Mixin before a trainer of TRL. After that trainer's own constructor, [`_add_adversary`] is to be called."""
 
     args: Any
@@ -76,6 +77,7 @@ class AttackedTrainer:
             for start in range(0, count, size)
         ]
 
+    @abstractmethod
     def _attack_batch(self, inputs: dict[str, Any], *, wanted: bool = False) -> dict[str, Any]:
         """
         A batch as the adversary takes it.
@@ -86,7 +88,6 @@ class AttackedTrainer:
             wanted (`bool`, *optional*, defaults to `False`):
                 Whether the wanted completions stay where the adversary's own are otherwise.
         """
-        raise NotImplementedError  # each trainer has a batch of its own
 
     # Around the step
 
