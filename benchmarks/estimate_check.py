@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_ARENA_MAX": "1",
+    "HF_DEACTIVATE_ASYNC_LOAD": "1",  # the profiler sees one thread
 }
 WORDS = [f"w{number}" for number in range(200)]
 PROMPT, COMPLETION = 64, 64

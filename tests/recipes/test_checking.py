@@ -83,7 +83,7 @@ class TestModel:
         folder = tmp_path / "adapter"
         folder.mkdir()
         (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(workplace / "model")}))
-        assert load(model_name_or_path=str(folder)).notes == []
+        assert not [note for note in load(model_name_or_path=str(folder)).notes if note.startswith("not checked")]
         assert "Remove `use_peft`" in fault(model_name_or_path=str(folder), use_peft=True)
         assert "`attack_sites`: Layer 99 does not exist" in fault(model_name_or_path=str(folder), attack_sites=[99])
         (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))

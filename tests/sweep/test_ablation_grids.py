@@ -15,7 +15,7 @@ GRIDS = sorted(FOLDER.rglob("*.yaml"))
 
 def test_the_grids_are_found():
     assert [path.stem for path in GRIDS] == [
-        "llama3_extras", "llama3_layers", "llama3_norms", "organism_layers", "organism_norms",
+        "llama3_extras", "llama3_layers", "llama3_norms", "organism_adversaries", "organism_layers", "organism_norms",
     ]  # fmt: skip
     # Where training recipes are looked for there is no grid, and here nothing else.
     assert {verb_of(path) for path in GRIDS} == {"sweep"}

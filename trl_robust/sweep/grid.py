@@ -7,6 +7,7 @@ together), and single `cells` beside it. Every cell is a recipe: the base recipe
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -266,7 +267,7 @@ def _base_recipe(grid: Path, recipe: str | None, faults: list[str]) -> tuple[Pat
         faults.append("`recipe` is missing: name the recipe that the cells are variants of, relative to this file.")
         return grid, None, {}
     path = Path(recipe).expanduser()
-    path = path if path.is_absolute() else grid.parent / path
+    path = Path(os.path.normpath(grid.parent / path))  # an absolute path stays itself
     given, found = read_yaml(path)
     faults += [f"`recipe` {path}: {fault}" for fault in found]
     if not given:

@@ -18,9 +18,9 @@ from .table import MEAN, PRODUCT
 # Of the colour-blind-safe palette of Okabe and Ito (2008), as in the report.
 FRONT, OTHER, BASELINE = "#0072B2", "#8C8C8C", "#D55E00"
 SIZE = 5.2  # inches, of the square that the marks are in
-SPAN = 0.25  # the least that a scale shows
+SPAN = 0.15  # the least that a scale shows
 LINES = 24  # of names beside the picture, before it grows
-NEAR = 0.028  # share of the axes within which marks share one label
+NEAR = 0.02  # share of the axes within which marks share a label
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,6 @@ def draw_pareto(table: Mapping[str, Any]) -> Figure | None:
     for mark in marks:
         _draw_mark(axes, mark, mark in front, theme)
     _widen(axes)
-    _label(axes, marks, theme)
     axes.set_xlabel(f"mean attack success over {', '.join(table['mean_over'])} (lower is safer)", color=theme.ink)
     axes.set_ylabel(f"{_worth_name(table)} (higher is better)", color=theme.ink)
     axes.grid(color=theme.grid, linewidth=0.8, zorder=0)
@@ -138,6 +137,7 @@ def draw_pareto(table: Mapping[str, Any]) -> Figure | None:
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(theme.faint)
     _list_names(side, marks, lines, front, theme)
+    _label(axes, marks, theme)
     return figure
 
 
@@ -170,30 +170,52 @@ def _draw_mark(axes: Any, mark: Mark, on_front: bool, theme: Any) -> None:
 def _widen(axes: Any) -> None:
     """Keeps a scale from showing the noise of cells that are all alike."""
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, high - SPAN), high)
+    axes.set_ylim(min(low, high - SPAN), high + 0.05 * max(SPAN, high - low))
     low, high = axes.get_xlim()
     axes.set_xlim(low, max(high, low + SPAN))
 
 
 def _label(axes: Any, marks: Sequence[Mark], theme: Any) -> None:
-    """Numbers beside the marks; marks that lie on one another share a label."""
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    groups: list[list[Mark]] = []
-    for mark in sorted(marks, key=lambda mark: (mark.success[0], mark.worth[0])):
-        for group in groups:
-            across = abs(group[0].success[0] - mark.success[0]) / (right - left or 1)
-            up = abs(group[0].worth[0] - mark.worth[0]) / (high - low or 1)
-            if across < NEAR and up < NEAR:
-                group.append(mark)
-                break
-        else:
-            groups.append([mark])
-    for group in groups:
-        text = ", ".join(str(mark.number) for mark in sorted(group, key=lambda mark: mark.number))
+    """Numbers beside the marks, one label a heap of marks, each where no other label is."""
+    axes.figure.canvas.draw()  # lays the axes out, so that places in points are known
+    scale = 72 / axes.figure.dpi
+    taken: list[tuple[float, float, float, float]] = []
+    for heap in _heaps(axes, marks):
+        text = ", ".join(str(number) for number in sorted(mark.number for mark in heap))
+        place = max(mark.success[0] for mark in heap), max(mark.worth[0] for mark in heap)
+        x, y = (scale * value for value in axes.transData.transform(place))
+        width = 4.6 * len(text)
+        offsets = [(side, up) for up in (5, -12, 15, -22, 25, -32) for side in (5, -5 - width)]
+
+        def box(offset: tuple[float, float], x: float = x, y: float = y, width: float = width) -> Any:
+            return (x + offset[0], y + offset[1], x + offset[0] + width, y + offset[1] + 9)
+
+        free = (offset for offset in offsets if not any(_overlap(box(offset), other) for other in taken))
+        offset = next(free, offsets[0])
+        taken.append(box(offset))
         axes.annotate(
-            text, (group[0].success[0], group[0].worth[0]), xytext=(5, 5), textcoords="offset points", size=8,
-            color=theme.ink, zorder=4,
+            text, place, xytext=offset, textcoords="offset points", size=8, color=theme.ink, zorder=4,
         )  # fmt: skip
+
+
+def _heaps(axes: Any, marks: Sequence[Mark]) -> list[list[Mark]]:
+    """Marks that lie on one another, each near another one of its heap."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+
+    def near(one: Mark, other: Mark) -> bool:
+        across = abs(one.success[0] - other.success[0]) / (right - left)
+        return across < NEAR and abs(one.worth[0] - other.worth[0]) / (high - low) < NEAR
+
+    heaps: list[list[Mark]] = []
+    for mark in marks:
+        touched = [heap for heap in heaps if any(near(mark, other) for other in heap)]
+        heaps = [heap for heap in heaps if heap not in touched]
+        heaps.append([*(other for heap in touched for other in heap), mark])
+    return heaps
+
+
+def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _list_names(side: Any, marks: Sequence[Mark], lines: Sequence[str], front: Sequence[Mark], theme: Any) -> None:
