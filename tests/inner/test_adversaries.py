@@ -416,7 +416,7 @@ def test_measuring_a_direction_leaves_the_model_as_it_was_also_when_it_is_refuse
     assert torch.equal(found[0][1], found[1][1])  # without dropout
     assert not found[0][1].requires_grad
     assert_unchanged(model, before)
-    with pytest.raises(ValueError, match="same mean hidden state at embedding"):
+    with pytest.raises(ValueError, match="same mean hidden states at embedding"):
         refusal_directions(model, [requests("harmful")], [requests("harmful")], threat)
     assert_unchanged(model, before)
 
@@ -487,3 +487,15 @@ def test_the_swapped_search_finds_one_delta_a_pair_and_needs_the_references(llam
     assert worst.losses[-1] < worst.losses[0]
     with pytest.raises(ValueError, match=r"'swapped', but the batch lacks \['away_input_ids'"):
         find_perturbation(llama, batch(), THREAT, objective="swapped")
+
+
+def test_a_site_where_all_prompts_end_alike_has_no_direction_and_the_others_have_theirs():
+    model = shared_model("llama")
+    harmful, harmless = batch(4, seed=1), batch(4, seed=2)
+    for found in (harmful, harmless):
+        last = (found["labels"] != -100).int().argmax(-1) - 1  # as a chat template ends every prompt
+        found["input_ids"][torch.arange(4), last] = 5
+    directions = refusal_directions(model, [harmful], [harmless], ThreatModel(["embedding", 1, 2]))
+    assert set(directions) == {1, 2}
+    with pytest.raises(ValueError, match="at embedding, so there is no refusal direction"):
+        refusal_directions(model, [harmful], [harmless], ThreatModel(["embedding"]))

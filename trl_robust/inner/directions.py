@@ -14,6 +14,9 @@ from ..threat.sites import Site
 from .injection import attack_mode
 from .observing import observed
 
+SAME = 1e-5
+"""Two means are the same when they differ by less than this share of their length: by rounding."""
+
 
 def refusal_directions(
     model: nn.Module,
@@ -24,7 +27,8 @@ def refusal_directions(
     """
     Direction in which the hidden states of harmful requests differ from those of harmless ones, at every site.
 
-    The difference of the mean hidden states at the last prompt token, divided by its length.
+    The difference of the mean hidden states at the last prompt token, divided by its length. A site where there is no
+    difference has no direction: the embedding, where every prompt ends in the same token of a chat template.
 
     Args:
         model (`nn.Module`):
@@ -37,22 +41,24 @@ def refusal_directions(
             Sites and stream.
 
     Returns:
-        `dict[Site, torch.Tensor]`: float32 unit vectors of shape `(H,)`.
+        `dict[Site, torch.Tensor]`: float32 unit vectors of shape `(H,)`, of the sites that have one.
 
     Raises:
-        `ValueError`: rows without a prompt, or no difference between the two kinds of requests.
+        `ValueError`: rows without a prompt, or no difference between the two kinds of requests at any site.
     """
     means = [_mean_states(model, batches, threat) for batches in (harmful, harmless)]
     directions = {}
     for site, mean in means[0].items():
         difference = mean - means[1][site]
         length = torch.linalg.vector_norm(difference)
-        if not length > 0:
-            raise ValueError(
-                f"Harmful and harmless requests have the same mean hidden state at {site}, so there is no refusal "
-                "direction. Give benign rows whose prompts are not those of the training rows."
-            )
-        directions[site] = difference / length
+        if length > SAME * torch.linalg.vector_norm(mean):
+            directions[site] = difference / length
+    if not directions:
+        raise ValueError(
+            f"Harmful and harmless requests have the same mean hidden states at {', '.join(map(str, means[0]))}, so "
+            "there is no refusal direction. Give benign rows whose prompts are not those of the training rows, and "
+            "sites above the embedding."
+        )
     return directions
 
 

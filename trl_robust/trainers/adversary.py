@@ -229,7 +229,8 @@ class Adversary:
     def _ablation(self, batch: Batch, step: int | str) -> Ablation:
         sites = self._threat_now(step).resolve_sites(self.model)
         selected = selected_ranks(batch, self.threat.positions)
-        return Ablation({site: self.directions[site] for site in sites}, selected, self.threat.stream)
+        directions = {site: self.directions[site] for site in sites if site in self.directions}
+        return Ablation(directions, selected, self.threat.stream)
 
     # Remembering
 
