@@ -1,13 +1,12 @@
 """The model on the meta device: its parameters, and where its configuration is from."""
 
-import json
-
 import pytest
 import torch
-from cost import recipe_values
+from cost import estimated, recipe_values
 from peft import LoraConfig, get_peft_model
 from recipe_parts import write_recipe
 from tiny import ARCHITECTURES, tiny_model
+from transformers import AutoModelForCausalLM
 
 from trl_robust.estimate import find_config
 from trl_robust.estimate.shapes import SHAPES, Blueprint, shape_of
@@ -89,13 +88,16 @@ class TestConfig:
         given = tmp_path / "given" / "config.json" if as_file else tmp_path / "given"
         assert find_config(recipe(), str(given))[0].model_type == "gpt2"
 
-    def test_an_adapter_has_that_of_its_base(self, recipe, workplace, tmp_path):
-        (tmp_path / "adapter").mkdir()
-        named = {"base_model_name_or_path": str(workplace / "model")}
-        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(named))
-        loaded = recipe()
-        loaded.model.model_name_or_path = str(tmp_path / "adapter")
-        assert find_config(loaded)[0].num_hidden_layers == 6
+    @pytest.mark.usefixtures("without_rehearsal")
+    def test_an_adapter_has_that_of_its_base_and_is_trained_further(self, workplace, tmp_path):
+        lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = AutoModelForCausalLM.from_pretrained(workplace / "model")
+        get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+        values = recipe_values(workplace, "lat-dpo", model_name_or_path=str(tmp_path / "adapter"))
+        found = estimated("lat-dpo", write_recipe(tmp_path / "recipe.yaml", values))
+        assert found.shape.depth == 6
+        assert found.shape.trained == 6 * 4 * (64 + 64)
+        assert found.memory.of("reference").name == "reference (a copy of the adapter)"
 
     def test_an_unknown_model_is_asked_for_a_copy(self, recipe):
         with pytest.raises(RecipeError, match=r"some/model is neither .*`--model_config FOLDER_OR_JSON`"):

@@ -11,7 +11,6 @@ from ..recipes import Recipe
 from ..recipes.ranges import block_of
 from ..recipes.rows import named
 from ..threat.sites import resolve_sites
-from ..trainers.refusals import MLP_AND_CHECKPOINTING
 from .lengths import Rows
 from .memory import Memory, memory_of, modes_of
 from .passes import PARTS, Pass
@@ -193,10 +192,9 @@ def changed(found: Estimate, training: Mapping[str, Any], model: Mapping[str, An
 
 
 def may_checkpoint(recipe: Recipe) -> bool:
-    """Whether a recipe that does not checkpoint activations could (perturbed MLPs cannot)."""
+    """Whether a recipe that does not checkpoint activations could; the trainers refuse it where MLPs are perturbed."""
     training = recipe.training
-    refused = training.attack_stream == "mlp" and training.attacks and bool(MLP_AND_CHECKPOINTING)
-    return not training.activation_checkpointing and not refused
+    return not training.activation_checkpointing and not (training.attack_stream == "mlp" and training.attacks)
 
 
 def _estimate(
@@ -218,12 +216,7 @@ def _estimate(
     for one, count in over:
         batches = rows.batches(one.share, one.rows * batch)
         flops = [
-            one.flops(
-                shape,
-                lengths,
-                checkpointing=modes.checkpointing,
-                all_positions=modes.on_cpu,
-            )
+            one.flops(shape, lengths, checkpointing=modes.checkpointing, all_positions=modes.on_cpu)
             for lengths in batches
         ]
         each = sum(flops) / len(flops) / batch

@@ -125,7 +125,11 @@ def peft_config_of(recipe: Recipe) -> Any:
         [`~peft.PeftConfig`]: those it makes, or those of the adapter that it trains further; `None` without.
     """
     folder = Path(str(recipe.model.model_name_or_path)).expanduser()
-    return PeftConfig.from_pretrained(str(folder)) if is_adapter(folder) else get_peft_config(recipe.model)
+    if not is_adapter(folder):
+        return get_peft_config(recipe.model)
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False  # as it was saved, nothing of it would be trained
+    return config
 
 
 def _help() -> str:
