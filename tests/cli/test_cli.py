@@ -153,8 +153,8 @@ class TestValidate:
         out, err = capsys.readouterr()
         assert out.splitlines() == [
             f"OK {good} (lat-sft)",
-            "   The rows are plain and the tokenizer has a chat template, which is not applied to them; attacks apply it. "
-            "For a chat model set `chat_format: true`.",
+            "   The rows are plain and the tokenizer has a chat template, which is not applied to them; attacks apply "
+            "it. For a chat model set `chat_format: true`.",
             "   not checked: `benign_dataset_name` org/benign is a hub id",
         ]
         assert f"{bad} has 2 faults:" in err
