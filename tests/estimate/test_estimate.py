@@ -66,6 +66,7 @@ def test_what_does_not_fit_is_an_answer_with_the_cheapest_changes(estimate, reci
     assert f"Peak {hints[0][1]}: FITS the card" in again
 
 
+@pytest.mark.usefixtures("without_rehearsal")
 def test_no_weights_are_needed(estimate, recipe, workplace, tmp_path):
     hollow = tmp_path / "hollow"
     hollow.mkdir()
