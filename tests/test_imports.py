@@ -63,7 +63,7 @@ def test_only_compat_trainers_data_scripts_and_recipes_import_trl():
         ("threat", ("threat",)),
         ("objectives", ("objectives",)),
         ("inner", ("inner", "threat", "objectives")),
-        ("data", ("data", "_compat")),
+        ("data", ("data", "threat", "_compat")),
         ("report", ("report",)),
         ("trainers", ("trainers", "inner", "threat", "objectives", "data", "selection", "_compat")),
         ("attacks", ("attacks", "inner", "threat", "objectives", "data", "_compat")),

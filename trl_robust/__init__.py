@@ -14,6 +14,7 @@ check_versions()
 # Looked up on first use: the trainers import TRL, which takes seconds; the threat model and the search do not.
 _WHERE = {
     "ThreatModel": "threat",
+    "find_paraphrase": "inner",
     "find_perturbation": "inner",
     "LATDPOConfig": "trainers",
     "LATDPOTrainer": "trainers",
@@ -32,11 +33,12 @@ __all__ = [
     "LATSFTTrainer",
     "ThreatModel",
     "__version__",
+    "find_paraphrase",
     "find_perturbation",
 ]
 
 if TYPE_CHECKING:
-    from .inner import find_perturbation
+    from .inner import find_paraphrase, find_perturbation
     from .threat import ThreatModel
     from .trainers import (
         LATDPOConfig,

@@ -8,10 +8,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl_robust.data import (
     DataError,
     LATDataCollator,
+    add_user_spans,
     as_prompt_completion,
     check_none_lost,
     join_benign,
-    last_user_span,
+    user_spans,
 )
 
 
@@ -150,14 +151,27 @@ def test_the_last_user_turn_is_found_in_the_tokens(prompt, expected):
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
         "input_ids"
     ]
-    start, end = last_user_span(tokenizer, prompt)
+    [[start, end]] = user_spans(tokenizer, prompt, last_only=True)
     assert tokenizer.decode(ids[start:end]) == expected
 
 
+def test_every_user_turn_is_found_in_the_tokens_and_short_rows_are_filled_up():
+    tokenizer = make_tokenizer()
+    turns = [("user", "w1 w2"), ("assistant", "w3"), ("user", "w1 w5 w2")]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    spans = user_spans(tokenizer, prompt)
+    assert [tokenizer.decode(ids["input_ids"][start:end]) for start, end in spans] == ["w1 w2", "w1 w5 w2"]
+    rows = add_user_spans(Dataset.from_dict({"prompt": [prompt, prompt[:1]]}), tokenizer, "all_user", "training")
+    collator = LATDataCollator(DataCollatorForLanguageModeling(pad_token_id=0))
+    found = collator([{"input_ids": [7, 8], "labels": [-100, 8], **row} for row in rows])
+    assert found["user_spans"].tolist() == [spans, [spans[0], [0, 0]]]
+
+
 def test_a_plain_prompt_is_one_user_turn():
-    assert last_user_span(make_tokenizer(), "w1 w2 w3") == [0, 3]
+    assert user_spans(make_tokenizer(), "w1 w2 w3") == [[0, 3]]
 
 
 def test_a_conversation_without_a_user_turn_is_refused():
-    with pytest.raises(DataError, match="needs a user turn in every prompt"):
-        last_user_span(make_tokenizer(), [{"role": "assistant", "content": "w1"}])
+    with pytest.raises(DataError, match="Positions in user turns need one in every prompt"):
+        user_spans(make_tokenizer(), [{"role": "assistant", "content": "w1"}])

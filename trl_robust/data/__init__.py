@@ -4,12 +4,13 @@ from .collator import LATDataCollator, PreferenceCollator
 from .corpora import generic_label_rows, is_corpus_pairs, is_generic_labels, pair_corpora
 from .errors import DataError
 from .loading import as_conversation, content_hash, is_local, load_rows, where_looked
-from .preference import as_prompt_completion, check_none_lost, join_benign, last_user_span
+from .preference import add_user_spans, as_prompt_completion, check_none_lost, join_benign, user_spans
 
 __all__ = [
     "DataError",
     "LATDataCollator",
     "PreferenceCollator",
+    "add_user_spans",
     "as_conversation",
     "as_prompt_completion",
     "check_none_lost",
@@ -19,8 +20,8 @@ __all__ = [
     "is_generic_labels",
     "is_local",
     "join_benign",
-    "last_user_span",
     "load_rows",
     "pair_corpora",
+    "user_spans",
     "where_looked",
 ]

@@ -20,7 +20,7 @@ class LATDataCollator:
     Returns:
         On a call, a batch with `input_ids`, `attention_mask`, `labels` of the wanted completions; where the rows have
         them, the same keys with `away_` in front for the rejected completions, `benign` (a batch of its own),
-        `last_user_span` of shape `(B, 2)` and `topic` (a list).
+        `last_user_span` of shape `(B, 2)`, `user_spans` of shape `(B, K, 2)` and `topic` (a list).
     """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -32,8 +32,7 @@ class LATDataCollator:
             batch.update({f"away_{key}": value for key, value in self.collator(away).items()})
         if "benign_input_ids" in rows[0]:
             batch["benign"] = self.collator(_benign_rows(rows))
-        if "last_user_span" in rows[0]:
-            batch["last_user_span"] = torch.tensor([row["last_user_span"] for row in rows])
+        batch.update(_spans(rows))
         if "topic" in rows[0]:
             batch["topic"] = [row["topic"] for row in rows]
         return batch
@@ -52,7 +51,7 @@ class PreferenceCollator:
 
     Returns:
         On a call, TRL's batch (chosen completions first); where the rows have them, `benign` (a batch of `input_ids`,
-        `attention_mask` and `labels`) and `last_user_span` of shape `(B, 2)`.
+        `attention_mask` and `labels`), `last_user_span` of shape `(B, 2)` and `user_spans` of shape `(B, K, 2)`.
     """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -62,9 +61,20 @@ class PreferenceCollator:
         batch = self.collator(rows)
         if "benign_input_ids" in rows[0]:
             batch["benign"] = DataCollatorForLanguageModeling(self.pad_token_id)(_benign_rows(rows))
-        if "last_user_span" in rows[0]:
-            batch["last_user_span"] = torch.tensor([row["last_user_span"] for row in rows])
+        batch.update(_spans(rows))
         return batch
+
+
+def _spans(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Where user turns lie; rows with fewer turns are filled up with spans that hold nothing."""
+    found = {}
+    if "last_user_span" in rows[0]:
+        found["last_user_span"] = torch.tensor([row["last_user_span"] for row in rows])
+    if "user_spans" in rows[0]:
+        most = max(len(row["user_spans"]) for row in rows)
+        filled = [[*row["user_spans"], *[[0, 0]] * (most - len(row["user_spans"]))] for row in rows]
+        found["user_spans"] = torch.tensor(filled)
+    return found
 
 
 def _benign_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

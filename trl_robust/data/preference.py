@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from trl.data_utils import maybe_extract_prompt
 
+from ..threat.positions import SPANS
 from .cells import check_cells, check_full, rows_named
 from .corpora import check_generic_labels, is_corpus_pairs, is_generic_labels
 from .errors import DataError
@@ -141,11 +142,45 @@ def check_none_lost(before: Dataset, after: Dataset, name: str, max_length: int 
         )
 
 
-def last_user_span(tokenizer: Any, prompt: list[dict] | str, **template: Any) -> list[int]:
+def add_user_spans(dataset: Dataset, tokenizer: Any, positions: str, name: str, **template: Any) -> Dataset:
     """
-    Where the last user turn's text lies in a tokenised prompt.
+    Adds where the user turns of every prompt lie, if positions are asked for that need to know.
 
-    The prompt is rendered twice, once with other text in the last user turn; what both share at the start and at the
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows with a `prompt`.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer, with a chat template if the prompts are conversations.
+        positions (`str`):
+            With `"last_user"` a column `last_user_span` is added, with `"all_user"` a column `user_spans`.
+        name (`str`):
+            What the progress bar calls the dataset.
+        template:
+            Passed on to `apply_chat_template`.
+
+    Returns:
+        [`~datasets.Dataset`]; the same one for other positions.
+
+    Raises:
+        [`DataError`]: a conversation without a user turn.
+    """
+    if positions not in SPANS:
+        return dataset
+
+    def locate(row: dict[str, Any]) -> dict[str, Any]:
+        spans = user_spans(tokenizer, row["prompt"], last_only=positions == "last_user", **template)
+        return {SPANS[positions]: spans[-1] if positions == "last_user" else spans}
+
+    return dataset.map(locate, desc=f"Locating user turns in {name} dataset")
+
+
+def user_spans(
+    tokenizer: Any, prompt: list[dict] | str, *, last_only: bool = False, **template: Any
+) -> list[list[int]]:
+    """
+    Where the text of the user turns lies in a tokenised prompt.
+
+    The prompt is rendered once more for every turn, with other text in it; what both share at the start and at the
     end is not that turn. So no chat template has to be known.
 
     Args:
@@ -153,37 +188,41 @@ def last_user_span(tokenizer: Any, prompt: list[dict] | str, **template: Any) ->
             Tokenizer with a chat template.
         prompt (`list[dict]` or `str`):
             Messages; a plain prompt is one user turn as a whole.
+        last_only (`bool`, *optional*, defaults to `False`):
+            Whether only the last user turn is looked for.
         template:
             Passed on to `apply_chat_template`.
 
     Returns:
-        `list[int]`: index of the turn's first token, and of the one after its last.
+        `list[list[int]]`: for every turn the index of its first token, and of the one after its last.
 
     Raises:
         [`DataError`]: the conversation has no user turn.
     """
     if isinstance(prompt, str):
-        return [0, len(tokenizer(prompt)["input_ids"])]
+        return [[0, len(tokenizer(prompt)["input_ids"])]]
     users = [number for number, message in enumerate(prompt) if message["role"] == "user"]
     if not users:
-        raise DataError("`attack_positions: last_user` needs a user turn in every prompt, and one has none.")
-    original = prompt[users[-1]]["content"]
-    # Other text at both ends, so that nothing of the turn is taken for the template.
-    stand_in = ("B" if original[:1] != "B" else "C") + ("Y" if original[-1:] != "Y" else "Z")
-    replaced = [
-        {**message, "content": stand_in} if number == users[-1] else message for number, message in enumerate(prompt)
-    ]
-    rendered = [
-        tokenizer.apply_chat_template(
+        raise DataError("Positions in user turns need one in every prompt, and one has none.")
+
+    def rendered(messages: list[dict]) -> list[int]:
+        return tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, **template
         )["input_ids"]
-        for messages in (prompt, replaced)
-    ]
-    ids, others = rendered
-    shortest = min(len(ids), len(others))
-    start = next((i for i in range(shortest) if ids[i] != others[i]), shortest)
-    end = next((i for i in range(shortest - start) if ids[-1 - i] != others[-1 - i]), shortest - start)
-    return [start, len(ids) - end]
+
+    ids, spans = rendered(prompt), []
+    for turn in users[-1:] if last_only else users:
+        text = prompt[turn]["content"]
+        # Other text at both ends, so that nothing of the turn is taken for the template.
+        stand_in = ("B" if text[:1] != "B" else "C") + ("Y" if text[-1:] != "Y" else "Z")
+        others = rendered(
+            [{**message, "content": stand_in} if i == turn else message for i, message in enumerate(prompt)]
+        )
+        shortest = min(len(ids), len(others))
+        start = next((i for i in range(shortest) if ids[i] != others[i]), shortest)
+        end = next((i for i in range(shortest - start) if ids[-1 - i] != others[-1 - i]), shortest - start)
+        spans.append([start, len(ids) - end])
+    return spans
 
 
 def join_benign(prepared: Dataset, benign: Dataset, per_example: int, seed: int) -> Dataset:

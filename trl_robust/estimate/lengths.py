@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from ..data import DataError, as_prompt_completion
 from ..recipes import Recipe
 from ..recipes.rows import all_local, load_share, named
+from ..threat.positions import SPANS
 
 SAMPLE = 200
 """Rows of a dataset that are tokenised."""
@@ -84,7 +85,7 @@ class Rows:
         width = max(map(sum, sample))
         labels = min(max(completion for _, completion in sample), width - 1)
         attacked = [row for part in ("chosen", "rejected") for row in self.shares.get(part, [])]
-        prompts_only = positions in ("prompt", "last_user")
+        prompts_only = positions in ("prompt", *SPANS)
         ranks = max(prompt if prompts_only else prompt + completion for prompt, completion in attacked)
         return Lengths(rows, width, rows * labels, ranks)
 

@@ -2,8 +2,11 @@
 
 from .directions import refusal_directions
 from .injection import Ablation, CachedPrefix, Change, Perturbation, attack_mode
+from .lagrangian import ConstrainedSearch
+from .lagrangian_settings import LagrangianSettings, preset_settings
 from .norms import median_norms
 from .observing import hidden_after
+from .paraphrase import Paraphrase, find_paraphrase
 from .pgd import find_perturbation
 from .search import NonBindingRadiusWarning
 
@@ -11,11 +14,16 @@ __all__ = [
     "Ablation",
     "CachedPrefix",
     "Change",
+    "ConstrainedSearch",
+    "LagrangianSettings",
     "NonBindingRadiusWarning",
+    "Paraphrase",
     "Perturbation",
     "attack_mode",
+    "find_paraphrase",
     "find_perturbation",
     "hidden_after",
     "median_norms",
+    "preset_settings",
     "refusal_directions",
 ]

@@ -12,10 +12,9 @@ from torch import nn
 from ..objectives import label_logits
 from ..threat.balls import Ball, Norm, boundary_fraction, project, random_point, steepest, vector_norms
 from ..threat.model import ThreatModel
-from ..threat.positions import Positions, selected_ranks
 from ..threat.sites import Site, base_model
 from .injection import CachedPrefix, Perturbation
-from .terms import Term
+from .terms import Term, selected_by
 
 STEEPEST_REACH = 2.5
 """A steepest-direction step is this times radius / steps long, so that the boundary is in reach (lat.md 2.4)."""
@@ -51,7 +50,7 @@ class Search:
 
     def __init__(self, model: nn.Module, terms: Sequence[Term], threat: ThreatModel) -> None:
         self.model, self.threat = model, threat
-        self.selected = _selected(terms, threat.positions)
+        self.selected = selected_by(terms, threat.positions)
         if not self.selected.any():
             raise ValueError(
                 f"No token of the batch may be perturbed with positions={threat.positions!r}: the rows have none "
@@ -222,11 +221,3 @@ class Search:
             lengths = vector_norms(delta, "l2", mask=self.selected)
             found.norms[site] = (lengths.sum() / self.selected.sum()).item()
         return found
-
-
-def _selected(terms: Sequence[Term], positions: Positions) -> torch.Tensor:
-    """Ranks that may be perturbed in any term, `(B, P)`, as wide as the widest."""
-    masks = [mask for term in terms for mask in selected_ranks(term.batch, positions).chunk(term.copies)]
-    width = max(mask.shape[1] for mask in masks)
-    padded = [torch.nn.functional.pad(mask, (0, width - mask.shape[1])) for mask in masks]
-    return torch.stack(padded).any(0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from ..objectives import LabelLogits, PreferenceLoss, away, toward
+from ..threat.positions import SPANS, Positions, selected_ranks
 
 KEYS = ("input_ids", "attention_mask", "labels")
 FILLERS = {"input_ids": 0, "attention_mask": 0, "labels": -100}
@@ -61,14 +62,13 @@ def attack_terms(
     Raises:
         `ValueError`: a key that the objective needs is missing, or there is nothing to minimise.
     """
-    if missing := [key for key in KEYS if key not in batch]:
-        raise ValueError(f"The batch lacks {missing}.")
+    _check_keys(batch)
     if objective == "untargeted":
         if away_coef:
             raise ValueError("`away_coef` belongs to the targeted attack; set it to 0 with objective='untargeted'.")
         return [_mean_term(batch, -toward_coef, toward)]
     if objective == "swapped":
-        return [_preference_term(batch, preference or PreferenceLoss())]
+        return [preference_term(batch, preference or PreferenceLoss(), "The objective is 'swapped'")]
     terms = []
     if toward_coef:
         terms.append(_mean_term(batch, toward_coef, toward))
@@ -79,6 +79,29 @@ def attack_terms(
     return terms
 
 
+def selected_by(terms: Sequence[Term], positions: Positions) -> torch.Tensor:
+    """
+    Ranks that may be perturbed in any term.
+
+    Args:
+        terms (sequence of [`Term`]):
+            Terms over the same rows.
+        positions (`str`):
+            Which tokens, as [`~trl_robust.threat.selected_tokens`] names them.
+
+    Returns:
+        `torch.Tensor` of shape `(B, P)`, bool, as wide as the widest.
+    """
+    masks = [mask for term in terms for mask in selected_ranks(term.batch, positions).chunk(term.copies)]
+    width = max(mask.shape[1] for mask in masks)
+    return torch.stack([F.pad(mask, (0, width - mask.shape[1])) for mask in masks]).any(0)
+
+
+def _check_keys(batch: Mapping[str, torch.Tensor]) -> None:
+    if missing := [key for key in KEYS if key not in batch]:
+        raise ValueError(f"The batch lacks {missing}.")
+
+
 def _mean_term(
     batch: Mapping[str, torch.Tensor], weight: float, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> Term:
@@ -87,23 +110,59 @@ def _mean_term(
 
 def _away_batch(batch: Mapping[str, torch.Tensor], reason: str) -> dict[str, torch.Tensor]:
     """The completions to go away from, as a batch of their own."""
-    keys = (*KEYS, "last_user_span")
+    keys = (*KEYS, *SPANS.values())
     pushed = {key: batch[f"away_{key}"] for key in keys if f"away_{key}" in batch}
     if missing := [f"away_{key}" for key in KEYS if key not in pushed]:
         raise ValueError(f"{reason}, but the batch lacks {missing}.")
-    if "last_user_span" in batch:
-        pushed.setdefault("last_user_span", batch["last_user_span"])
+    for key in SPANS.values():
+        if key in batch:
+            pushed.setdefault(key, batch[key])
     return pushed
 
 
-def _preference_term(batch: Mapping[str, torch.Tensor], preference: PreferenceLoss) -> Term:
-    """The preference loss with the pair swapped: the completions to bring out are the preferred ones."""
-    pushed = _away_batch(batch, "The objective is 'swapped'")
+def completion_term(batch: Mapping[str, torch.Tensor]) -> Term:
+    """
+    The mean negative log-likelihood of every row's labelled tokens.
+
+    Args:
+        batch (`Mapping[str, torch.Tensor]`):
+            `input_ids`, `attention_mask` and `labels`.
+
+    Returns:
+        [`Term`].
+
+    Raises:
+        `ValueError`: a missing key.
+    """
+    _check_keys(batch)
+    return _mean_term(batch, 1.0, toward)
+
+
+def preference_term(batch: Mapping[str, torch.Tensor], preference: PreferenceLoss, reason: str) -> Term:
+    """
+    The loss of preferring the completions of a batch to its `away_` completions.
+
+    Args:
+        batch (`Mapping[str, torch.Tensor]`):
+            With `away_` keys, and `ref_log_probs` and `away_ref_log_probs` of shape `(B,)`.
+        preference ([`~trl_robust.objectives.PreferenceLoss`]):
+            The loss.
+        reason (`str`):
+            Why it is asked for, as messages begin.
+
+    Returns:
+        [`Term`] of two copies: the completions of all rows, then the others.
+
+    Raises:
+        `ValueError`: a missing key.
+    """
+    _check_keys(batch)
+    pushed = _away_batch(batch, reason)
     references = [batch.get(key) for key in ("ref_log_probs", "away_ref_log_probs")]
     if any(reference is None for reference in references):
         raise ValueError(
-            "The objective is 'swapped', but the batch lacks `ref_log_probs` or `away_ref_log_probs`: the summed "
-            "log-probabilities of both completions under the reference."
+            f"{reason}, but the batch lacks `ref_log_probs` or `away_ref_log_probs`: the summed log-probabilities of "
+            "both completions under the reference."
         )
     both = _stacked(batch, pushed)
     reference = torch.cat([reference for reference in references if reference is not None])
@@ -125,6 +184,4 @@ def _stacked(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tenso
         )
         for key in KEYS
     }
-    if "last_user_span" in first:
-        stacked["last_user_span"] = torch.cat([first["last_user_span"], second["last_user_span"]])
-    return stacked
+    return stacked | {key: torch.cat([first[key], second[key]]) for key in SPANS.values() if key in first}

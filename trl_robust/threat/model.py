@@ -32,7 +32,7 @@ class ThreatModel:
             MLP. Equal on architectures that add the MLP's output to the stream last (Llama, Mistral, Qwen2/3, Phi-3,
             GPT-NeoX); different on Gemma 2 and 3, which normalise it first.
         positions (`str`, *optional*, defaults to `"prompt"`):
-            Which tokens: `"prompt"`, `"completion"`, `"all"` or `"last_user"`.
+            Which tokens: `"prompt"`, `"completion"`, `"all"`, `"last_user"` or `"all_user"`.
         norm (`str`, *optional*, defaults to `"l2"`):
             `"l1"`, `"l2"` or `"linf"`.
         radius (`float` or `Mapping`, *optional*, defaults to `1.0`):

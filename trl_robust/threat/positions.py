@@ -12,7 +12,10 @@ from typing import Literal, get_args
 
 import torch
 
-Positions = Literal["prompt", "completion", "all", "last_user"]
+Positions = Literal["prompt", "completion", "all", "last_user", "all_user"]
+
+SPANS: dict[str, str] = {"last_user": "last_user_span", "all_user": "user_spans"}
+"""Positions that are parts of a conversation, and the key of a batch that says where they lie."""
 
 
 def ranks(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -39,29 +42,33 @@ def selected_tokens(batch: Mapping[str, torch.Tensor], positions: Positions) -> 
     Args:
         batch (`Mapping[str, torch.Tensor]`):
             `attention_mask` and `labels` (or `completion_mask`), each of shape `(B, T)`; for `"last_user"` also
-            `last_user_span` of shape `(B, 2)`: ranks of its first token and of the one after its last.
+            `last_user_span` of shape `(B, 2)`: ranks of its first token and of the one after its last; for
+            `"all_user"` also `user_spans` of shape `(B, K, 2)`: the same of every user turn, filled up with `(0, 0)`.
         positions (`str`):
-            `"prompt"`, `"completion"` (tokens with a label), `"all"` (every real token), or `"last_user"`.
+            `"prompt"`, `"completion"` (tokens with a label), `"all"` (every real token), `"last_user"` or
+            `"all_user"`: the text of the last user turn, or of all of them.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, bool.
 
     Raises:
-        `ValueError`: unknown `positions`, or `"last_user"` without `last_user_span`.
+        `ValueError`: unknown `positions`, or user turns without their spans.
     """
     if positions not in get_args(Positions):
         raise ValueError(f"`positions` is {positions!r}; choose one of {list(get_args(Positions))}.")
     real = batch["attention_mask"].bool()
     if positions == "all":
         return real
-    if positions == "last_user":
-        if "last_user_span" not in batch:
+    if positions in SPANS:
+        key = SPANS[positions]
+        if key not in batch:
             raise ValueError(
-                "`positions='last_user'` needs `last_user_span` in the batch: the ranks of the last user turn's first "
-                "token and of the token after its last. The trainers add it to conversational data."
+                f"`positions={positions!r}` needs `{key}` in the batch: the ranks of a user turn's first token and of "
+                "the token after its last. The trainers add it to conversational data."
             )
-        rank, span = ranks(batch["attention_mask"]), batch["last_user_span"]
-        return real & (rank >= span[:, :1]) & (rank < span[:, 1:])
+        rank, spans = ranks(batch["attention_mask"]), batch[key].reshape(len(real), -1, 2)
+        inside = (rank.unsqueeze(1) >= spans[..., :1]) & (rank.unsqueeze(1) < spans[..., 1:])
+        return real & inside.any(1)
     labelled = batch["completion_mask"].bool() if "completion_mask" in batch else batch["labels"] != -100
     if positions == "completion":
         return real & labelled

@@ -9,7 +9,7 @@ from ..inner.pgd import Init, Optimizer
 from ..threat import ThreatModel
 from ..threat.balls import Ball, Norm
 from ..threat.model import RadiusUnit
-from ..threat.positions import Positions
+from ..threat.positions import SPANS, Positions
 from ..threat.sites import Stream, parse_site
 from .refusals import MLP_AND_CHECKPOINTING, unsupported_settings
 
@@ -38,7 +38,8 @@ class AttackArguments:
         attack_stream (`str`, *optional*, defaults to `"layer"`):
             `"layer"`: the residual stream after the layer. `"mlp"`: the output of its MLP, as the reference code.
         attack_positions (`str`, *optional*, defaults to `"prompt"`):
-            Which tokens are perturbed: `"prompt"`, `"completion"`, `"all"` or `"last_user"` (conversational data).
+            Which tokens are perturbed: `"prompt"`, `"completion"`, `"all"`, or the text of `"last_user"` or
+            `"all_user"` turns (conversational data).
         attack_norm (`str`, *optional*, defaults to `"l2"`):
             Norm of the ball: `"l1"`, `"l2"` or `"linf"`.
         attack_radius (`float`, *optional*, defaults to `1.0`):
@@ -202,7 +203,7 @@ class AttackArguments:
     def needs_prompt(self) -> bool:
         """Whether the attack needs prompts."""
         return self.attacks and (
-            self.attack_positions in ("prompt", "last_user") or self.attack_objective == "refusal_direction"
+            self.attack_positions in ("prompt", *SPANS) or self.attack_objective == "refusal_direction"
         )
 
     @property

@@ -19,8 +19,9 @@ from torch import nn
 from trl import DPOTrainer
 
 from .._compat import keep_4bit_differentiable, use_adapter
-from ..data import PreferenceCollator, as_prompt_completion, check_none_lost, join_benign, last_user_span
+from ..data import PreferenceCollator, add_user_spans, as_prompt_completion, check_none_lost, join_benign
 from ..inner import attack_mode
+from ..threat.positions import SPANS
 from .attacked import AttackedTrainer
 from .benign_terms import benign_terms, check_benign
 from .frozen_base import FrozenBase
@@ -170,11 +171,7 @@ class LATDPOTrainer(AttackedTrainer, DPOTrainer):
         if not is_training:
             dataset = as_pairs(dataset, "evaluation" if dataset_name == "eval" else dataset_name)
         prepared = prepare(dataset, dataset_name)
-        if args.attack_positions == "last_user":
-            prepared = prepared.map(
-                lambda row: {"last_user_span": last_user_span(processing_class, row["prompt"])},
-                desc=f"Locating last user turns in {dataset_name} dataset",
-            )
+        prepared = add_user_spans(prepared, processing_class, args.attack_positions, dataset_name)
         if is_training and self._benign_dataset is not None:
             # TRL's preparation knows pairs: the completion stands in both places, and one is not used.
             pairs = self._benign_dataset.rename_column("completion", "chosen")
@@ -184,7 +181,7 @@ class LATDPOTrainer(AttackedTrainer, DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        ours = ["benign_input_ids", "benign_labels", "last_user_span"]
+        ours = ["benign_input_ids", "benign_labels", *SPANS.values()]
         self._signature_columns += [column for column in ours if column not in self._signature_columns]
 
     def _attack_batch(self, inputs: dict[str, Any], *, wanted: bool = False) -> dict[str, Any]:
@@ -198,7 +195,7 @@ class LATDPOTrainer(AttackedTrainer, DPOTrainer):
             }
             for half in (0, 1)
         )
-        kept = {key: inputs[key] for key in ("last_user_span", *(["benign"] if wanted else [])) if key in inputs}
+        kept = {key: inputs[key] for key in (*SPANS.values(), *(["benign"] if wanted else [])) if key in inputs}
         if wanted or self.args.attack_objective == "untargeted":
             return {**chosen, **kept}
         # The attack wants what the defence does not: the roles of the two completions change places.
@@ -245,7 +242,8 @@ class LATDPOTrainer(AttackedTrainer, DPOTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         inputs = dict(inputs)
-        inputs.pop("last_user_span", None)
+        for key in SPANS.values():
+            inputs.pop(key, None)
         benign = inputs.pop("benign", None)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.model.training:

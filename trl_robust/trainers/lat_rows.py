@@ -7,13 +7,14 @@ from datasets import Dataset
 
 from ..data import (
     DataError,
+    add_user_spans,
     as_prompt_completion,
     check_none_lost,
     generic_label_rows,
     is_generic_labels,
     join_benign,
-    last_user_span,
 )
+from ..threat.positions import SPANS
 
 
 class LATRows:
@@ -66,12 +67,8 @@ class LATRows:
             unwanted = next((column for column in ("rejected", "forget") if column in dataset.column_names), None)
             wanted = dataset.remove_columns(unwanted) if unwanted else dataset
             prepared = prepare(wanted, f"{dataset_name} (wanted)" if unwanted else dataset_name)
-            if args.attack_positions == "last_user":
-                template = {"chat_template": self.chat_template} if self.chat_template else {}
-                prepared = prepared.map(
-                    lambda row: {"last_user_span": last_user_span(processing_class, row["prompt"], **template)},
-                    desc=f"Locating last user turns in {dataset_name} dataset",
-                )
+            template = {"chat_template": self.chat_template} if self.chat_template else {}
+            prepared = add_user_spans(prepared, processing_class, args.attack_positions, dataset_name, **template)
             if unwanted and args.needs_rejected:
                 place = "completion" if unwanted == "rejected" else "text"
                 other = dataset.remove_columns(place).rename_column(unwanted, place)
@@ -91,7 +88,7 @@ class LATRows:
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        ours = ["away_input_ids", "away_labels", "benign_input_ids", "benign_labels", "last_user_span", "topic"]
+        ours = ["away_input_ids", "away_labels", "benign_input_ids", "benign_labels", "topic", *SPANS.values()]
         self._signature_columns += [column for column in ours if column not in self._signature_columns]
 
     def _labels_by_term(self, batches: list[dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
@@ -108,5 +105,5 @@ class LATRows:
             # The attack wants what the defence does not: the roles of the two completions change places.
             keys = ("input_ids", "attention_mask", "labels")
             swapped = {key: batch[f"away_{key}"] for key in keys} | {f"away_{key}": batch[key] for key in keys}
-            return swapped | {key: batch[key] for key in ("last_user_span",) if key in batch}
+            return swapped | {key: batch[key] for key in SPANS.values() if key in batch}
         return batch

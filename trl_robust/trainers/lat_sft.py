@@ -20,6 +20,7 @@ from trl import SFTTrainer
 
 from ..data import DataError, LATDataCollator, as_prompt_completion
 from ..objectives import LabelLogits, away, floored, label_logits, toward
+from ..threat.positions import SPANS
 from .attacked import AttackedTrainer
 from .benign_terms import benign_terms, check_benign
 from .frozen_base import FrozenBase
@@ -188,7 +189,8 @@ class LATSFTTrainer(LATRows, AttackedTrainer, SFTTrainer):
     ) -> Any:
         args = self.args
         inputs = dict(inputs)  # TRL writes into it
-        inputs.pop("last_user_span", None)
+        for key in SPANS.values():
+            inputs.pop(key, None)
         benign = inputs.pop("benign", None)
         rejected = {key: inputs.pop(f"away_{key}", None) for key in ("input_ids", "attention_mask", "labels")}
         if not self.model.training:
