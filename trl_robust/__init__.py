@@ -16,6 +16,10 @@ _WHERE = {
     "ThreatModel": "threat",
     "find_paraphrase": "inner",
     "find_perturbation": "inner",
+    "LAPDPOConfig": "trainers",
+    "LAPDPOTrainer": "trainers",
+    "LAPSFTConfig": "trainers",
+    "LAPSFTTrainer": "trainers",
     "LATDPOConfig": "trainers",
     "LATDPOTrainer": "trainers",
     "LATRMUConfig": "trainers",
@@ -25,6 +29,10 @@ _WHERE = {
 }
 
 __all__ = [
+    "LAPDPOConfig",
+    "LAPDPOTrainer",
+    "LAPSFTConfig",
+    "LAPSFTTrainer",
     "LATDPOConfig",
     "LATDPOTrainer",
     "LATRMUConfig",
@@ -41,6 +49,10 @@ if TYPE_CHECKING:
     from .inner import find_paraphrase, find_perturbation
     from .threat import ThreatModel
     from .trainers import (
+        LAPDPOConfig,
+        LAPDPOTrainer,
+        LAPSFTConfig,
+        LAPSFTTrainer,
         LATDPOConfig,
         LATDPOTrainer,
         LATRMUConfig,

@@ -4,7 +4,7 @@ from .collator import LATDataCollator, PreferenceCollator
 from .corpora import generic_label_rows, is_corpus_pairs, is_generic_labels, pair_corpora
 from .errors import DataError
 from .loading import as_conversation, content_hash, is_local, load_rows, where_looked
-from .preference import add_user_spans, as_prompt_completion, check_none_lost, join_benign, user_spans
+from .preference import add_user_spans, as_prompt_completion, check_none_lost, join_benign, kept_whole, user_spans
 
 __all__ = [
     "DataError",
@@ -20,6 +20,7 @@ __all__ = [
     "is_generic_labels",
     "is_local",
     "join_benign",
+    "kept_whole",
     "load_rows",
     "pair_corpora",
     "user_spans",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -140,6 +141,32 @@ def check_none_lost(before: Dataset, after: Dataset, name: str, max_length: int 
             f"The {name} dataset has a prompt longer than the limit in {rows_named(lost)}: {max_length} tokens "
             "(`max_length`) hold no token of the completion. Raise `max_length`, or shorten or remove these rows."
         )
+
+
+def kept_whole(prepare: Callable[[Dataset], Dataset], dataset: Dataset, name: str, max_length: int | None) -> Dataset:
+    """
+    Prepares rows, and refuses to go on when some are lost on the way; see [`check_none_lost`].
+
+    Args:
+        prepare (`Callable`):
+            TRL's preparation.
+        dataset ([`~datasets.Dataset`]):
+            Rows.
+        name (`str`):
+            What the message calls them.
+        max_length (`int`, *optional*):
+            Limit in tokens.
+
+    Returns:
+        [`~datasets.Dataset`]: as prepared.
+
+    Raises:
+        [`DataError`]: naming the rows that were lost.
+    """
+    numbered = dataset.add_column("row", list(range(len(dataset))))
+    prepared = prepare(numbered)
+    check_none_lost(numbered, prepared, name, max_length)
+    return prepared.remove_columns("row")
 
 
 def add_user_spans(dataset: Dataset, tokenizer: Any, positions: str, name: str, **template: Any) -> Dataset:

@@ -177,7 +177,7 @@ class ConstrainedSearch:
             if self.caps is not None:
                 lengths_of_tokens = torch.linalg.vector_norm(moved, dim=-1)
                 factor = (self.caps[site] / lengths_of_tokens.clamp(min=1e-30)).clamp(max=1.0)
-                capped += (factor < 1).sum(-1) / self.tokens / len(self.deltas)
+                capped += ((factor < 1) & self.mask[..., 0]).sum(-1) / self.tokens / len(self.deltas)
                 moved = moved * factor.unsqueeze(-1)
             delta.detach().copy_(torch.where(_by_row(self.nonfinite, moved), best, moved))
         self._note("capped_share", capped)

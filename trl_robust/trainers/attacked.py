@@ -1,42 +1,30 @@
-"""What every trainer with an adversary adds to TRL's around a step: the sampler, the log, the checkpoints, the card.
-
-The step itself (`training_step`, `compute_loss`) stands in each trainer's own file.
-"""
+"""What every trainer with an adversary adds around a step: the sampler, the measuring, the counts of tokens."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._compat import keep_4bit_differentiable
 from ..objectives import LabelLogits, PreferenceLoss
 from ..threat.sites import decoder_layers, resolve_sites
 from .adversary import Adversary
 from .frozen_base import FrozenBase
-from .refusals import check_distribution, check_model
 from .repeat_sampler import RepeatedBlockSampler
+from .robust import RobustTrainer
 from .threat_card import threat_section
 
 
-class AttackedTrainer(ABC):
+class AttackedTrainer(RobustTrainer):
     """Mixin before a trainer of TRL. After that trainer's own constructor, [`_add_adversary`] is to be called."""
 
-    args: Any
-    accelerator: Any
     data_collator: Any
-    is_world_process_zero: Any
-    model: Any
     optimizer: Any
-    state: Any
     train_dataset: Any
-    _metrics: Any
     _prepare_inputs: Any
-    _get_output_dir: Any
     current_gradient_accumulation_steps: int
 
     def _add_adversary(
@@ -47,16 +35,13 @@ class AttackedTrainer(ABC):
         modules: Sequence[str] | None = None,
     ) -> None:
         """Checks the model, freezes all but some modules of some layers, and makes the adversary."""
-        check_model(self.model, self.args)
-        check_distribution(self.accelerator)
-        if self.accelerator.device.type == "cpu":
-            keep_4bit_differentiable(self.model)
+        self._check_surroundings()
         train_only(
             self.model,
             self.args.trained_layers if layers is None else layers,
             self.args.trained_modules if modules is None else modules,
         )
-        self.adversary = Adversary(
+        self.keeper = self.adversary = Adversary(
             self.args, self.accelerator, self.model, self._sample_batches, self._record, preference
         )
         self.base: FrozenBase | None = None
@@ -150,50 +135,10 @@ class AttackedTrainer(ABC):
         scale = self._loss_scale * (self.current_gradient_accumulation_steps if divided else 1)
         return total / self._term_tokens[counted].clamp(min=1) * scale
 
-    # What a person watches, and what is kept
-
     @property
-    def forward_passes(self) -> float:
-        """
-        Cost of the training so far, in forward passes of one row through the whole model, over all processes.
-
-        A backward pass to the activations counts as one more, a training pass as three. Every process must ask.
-        """
-        own = torch.tensor(self.adversary.passes, dtype=torch.float64, device="cpu")
-        if self.accelerator.num_processes == 1:
-            return own.item()
-        return self.accelerator.gather(own.float().to(self.accelerator.device)).sum().item()
-
-    def _record(self, name: str, value: float | torch.Tensor) -> None:
-        tensor = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device)
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode][name].append(self.accelerator.gather(tensor).mean().item())
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.args.attacks and self.model.training:
-            self._metrics["train"]["forward_passes"] = [self.forward_passes]
-        super().log(logs, start_time)  # type: ignore[misc]
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        self.adversary.save(folder, self.forward_passes, self.is_world_process_zero())
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        # PEFT loads the bfloat16 adapters that TRL gives a 4-bit model as float32: another precision than before.
-        for name, parameter in self.model.named_parameters():
-            if parameter.dtype != dtypes.get(name, parameter.dtype):
-                parameter.data = parameter.data.to(dtypes[name])
-        self.adversary.load(Path(resume_from_checkpoint))
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
-        card = Path(str(self.args.output_dir)) / "README.md"
-        if self.is_world_process_zero() and card.is_file():
-            section = threat_section(self.args, self.adversary.threat)
-            card.write_text(card.read_text(encoding="utf-8") + section, encoding="utf-8")
+    def card_section(self) -> str:
+        """The model card's section on what the model was trained against, as Markdown."""
+        return threat_section(self.args, self.adversary.threat)
 
 
 def train_only(model: nn.Module, layers: Sequence[str], modules: Sequence[str]) -> None:

@@ -9,8 +9,7 @@ Without an attack and without benign rows, training is that of DPOTrainer bit fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,20 +17,17 @@ from datasets import Dataset
 from torch import nn
 from trl import DPOTrainer
 
-from .._compat import keep_4bit_differentiable, use_adapter
-from ..data import PreferenceCollator, add_user_spans, as_prompt_completion, check_none_lost, join_benign
-from ..inner import attack_mode
+from ..data import PreferenceCollator, add_user_spans, as_prompt_completion, join_benign, kept_whole
 from ..threat.positions import SPANS
 from .attacked import AttackedTrainer
 from .benign_terms import benign_terms, check_benign
 from .frozen_base import FrozenBase
 from .lat_dpo_config import LATDPOConfig
+from .pairs import REFERENCES, PairedTrainer, as_pairs, halves
 from .refusals import check_model
 
-REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 
-
-class LATDPOTrainer(AttackedTrainer, DPOTrainer):
+class LATDPOTrainer(PairedTrainer, AttackedTrainer, DPOTrainer):
     """
     Trainer for latent adversarial training (LAT) on direct preference optimisation.
 
@@ -143,17 +139,6 @@ class LATDPOTrainer(AttackedTrainer, DPOTrainer):
         if args.kl_coef:
             self.base = FrozenBase(self.model)
 
-    @property
-    def reference(self) -> str:
-        """Which weights serve as the reference, in words."""
-        if self.ref_model is not None or not hasattr(self.model, "peft_config"):
-            name = self.model.config._name_or_path or "the model"
-            return f"{name} as it was before this training (a second copy of all its weights)"
-        name = self.model.get_base_model().config._name_or_path or "the base model"
-        if "ref" in self.model.peft_config:
-            return f"{name} with the adapter that is trained further, as it was before this training (a frozen copy)"
-        return f"{name} with its adapters off"
-
     # Data
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
@@ -162,10 +147,10 @@ class LATDPOTrainer(AttackedTrainer, DPOTrainer):
         prepare_rows = super()._prepare_dataset
 
         def prepare(rows: Dataset, name: str) -> Dataset:
-            numbered = rows.add_column("row", list(range(len(rows))))
-            prepared = prepare_rows(numbered, processing_class, args, name)
-            check_none_lost(numbered, prepared, name, args.max_length)
-            return prepared.remove_columns("row")
+            def by_trl(numbered: Dataset) -> Dataset:
+                return prepare_rows(numbered, processing_class, args, name)
+
+            return kept_whole(by_trl, rows, name, args.max_length)
 
         is_training = dataset is self._training_rows
         if not is_training:
@@ -186,15 +171,7 @@ class LATDPOTrainer(AttackedTrainer, DPOTrainer):
 
     def _attack_batch(self, inputs: dict[str, Any], *, wanted: bool = False) -> dict[str, Any]:
         """The chosen half and the rejected half of a batch, each with labels; see [`AttackedTrainer`]."""
-        halves = {key: inputs[key].chunk(2) for key in ("input_ids", "attention_mask", "completion_mask")}
-        chosen, rejected = (
-            {
-                "input_ids": halves["input_ids"][half],
-                "attention_mask": halves["attention_mask"][half],
-                "labels": halves["input_ids"][half].masked_fill(halves["completion_mask"][half] == 0, -100),
-            }
-            for half in (0, 1)
-        )
+        chosen, rejected = halves(inputs)
         kept = {key: inputs[key] for key in (*SPANS.values(), *(["benign"] if wanted else [])) if key in inputs}
         if wanted or self.args.attack_objective == "untargeted":
             return {**chosen, **kept}
@@ -257,80 +234,6 @@ class LATDPOTrainer(AttackedTrainer, DPOTrainer):
         # TRL's DPO loss is a mean over pairs that the Trainer divides by the accumulation steps.
         terms = benign_terms(self, model, benign, weights, divided=True)
         return torch.stack([weights["dpo"] * loss, *terms]).sum()
-
-    # The reference
-
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        # A pass in evaluation mode, before this trainer's own constructor is done: it would spoil a 4-bit model.
-        if self.accelerator.device.type == "cpu":
-            keep_4bit_differentiable(self.model)
-        return super()._precompute_ref_logps(dataset, name, batch_size)
-
-    def _with_references(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch with the reference's log-probabilities, computed here unless they were precomputed."""
-        if REFERENCES[0] in inputs:
-            return inputs
-        if self.model.training:
-            self.adversary.passes += inputs["input_ids"].shape[0]
-        return {**inputs, **dict(zip(REFERENCES, self.reference_log_probs(inputs).chunk(2), strict=True))}
-
-    @torch.no_grad()
-    def reference_log_probs(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """
-        Log-probabilities of completions under the reference, in evaluation mode and without any perturbation.
-
-        Args:
-            inputs (`dict`):
-                A batch, the chosen completions first.
-
-        Returns:
-            `torch.Tensor` of shape `(2 * B,)`: sums over the tokens of each completion.
-        """
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        own = self.accelerator.unwrap_model(self.model)
-        model = own if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
-        adapter: Any = nullcontext()
-        if self.ref_model is None:
-            adapter = use_adapter(own, "ref" if "ref" in own.peft_config else None)
-        with self.adversary.off(), attack_mode(model), adapter, self.accelerator.autocast():
-            found = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                labels=labels,
-                fused_lm_head=True,
-                use_cache=False,
-            )
-        return found.log_probs.sum(1)
-
-    @contextmanager
-    def _references_given(self) -> Iterator[None]:
-        """TRL's loss takes the reference's log-probabilities from the batch in this block."""
-        before, self.precompute_ref_logps = self.precompute_ref_logps, True
-        try:
-            yield
-        finally:
-            self.precompute_ref_logps = before
-
-
-def as_pairs(dataset: Dataset, name: str) -> Dataset:
-    """
-    Checks preference data, and takes the prompt out of completions that hold it.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Preference data, plain or conversational.
-        name (`str`):
-            What messages call it.
-
-    Returns:
-        [`~datasets.Dataset`] with `prompt`, `chosen` and `rejected`.
-
-    Raises:
-        [`~trl_robust.data.DataError`]: as [`~trl_robust.data.as_prompt_completion`].
-    """
-    return as_prompt_completion(dataset, name, needs_rejected=True, needs_prompt=True).rename_column(
-        "completion", "chosen"
-    )
 
 
 def _as_labelled(pairs: Dataset, max_length: int | None) -> Dataset:

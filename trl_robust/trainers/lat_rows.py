@@ -9,10 +9,10 @@ from ..data import (
     DataError,
     add_user_spans,
     as_prompt_completion,
-    check_none_lost,
     generic_label_rows,
     is_generic_labels,
     join_benign,
+    kept_whole,
 )
 from ..threat.positions import SPANS
 
@@ -43,10 +43,10 @@ class LATRows:
         prepare_rows = super()._prepare_dataset  # type: ignore[misc]
 
         def prepare(rows: Dataset, name: str) -> Dataset:
-            numbered = rows.add_column("row", list(range(len(rows))))
-            prepared = prepare_rows(numbered, processing_class, args, packing, formatting_func, dataset_name)
-            check_none_lost(numbered, prepared, name, args.max_length)
-            return prepared.remove_columns("row")
+            def by_trl(numbered: Dataset) -> Dataset:
+                return prepare_rows(numbered, processing_class, args, packing, formatting_func, dataset_name)
+
+            return kept_whole(by_trl, rows, name, args.max_length)
 
         is_training = dataset is self._training_rows
         if not is_training:  # the evaluation datasets, at construction or given to `evaluate`

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from trl import SFTConfig
-
-if TYPE_CHECKING:
-    from .lat_arguments import AttackArguments
 
 
 def unsupported_settings(args: Any) -> list[str]:
@@ -68,20 +65,24 @@ MLP_AND_CHECKPOINTING = (
 )
 
 
-def check_model(model: nn.Module, args: AttackArguments) -> None:
+def check_model(model: nn.Module, args: Any) -> None:
     """
     Refuses adapters that shift the positions of tokens, and MLP perturbations on a model that checkpoints.
 
     Args:
         model (`nn.Module`):
             The model, outside distributed wrappers.
-        args ([`AttackArguments`]):
+        args ([`AttackArguments`] or [`ParaphraseArguments`]):
             Training arguments.
 
     Raises:
         `ValueError`: the model has a prompt-learning adapter, or checkpoints activations that an attack would change.
     """
-    if args.attacks and args.attack_stream == "mlp" and getattr(model, "is_gradient_checkpointing", False):
+    if (
+        getattr(args, "attack_stream", "layer") == "mlp"
+        and args.attacks
+        and getattr(model, "is_gradient_checkpointing", False)
+    ):
         raise ValueError(MLP_AND_CHECKPOINTING)
     for name, config in getattr(model, "peft_config", {}).items():
         if getattr(config, "is_prompt_learning", False):
