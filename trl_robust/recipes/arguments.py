@@ -11,9 +11,15 @@ from datasets import Dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
-from ..trainers import LATDPOConfig, LATRMUConfig, LATSFTConfig
+from ..trainers import LAPDPOConfig, LAPSFTConfig, LATDPOConfig, LATRMUConfig, LATSFTConfig
 
-VERBS: dict[str, Any] = {"lat-sft": LATSFTConfig, "lat-dpo": LATDPOConfig, "lat-rmu": LATRMUConfig}
+VERBS: dict[str, Any] = {
+    "lat-sft": LATSFTConfig,
+    "lat-dpo": LATDPOConfig,
+    "lat-rmu": LATRMUConfig,
+    "lap-sft": LAPSFTConfig,
+    "lap-dpo": LAPDPOConfig,
+}
 """Training verbs, and the class of their settings."""
 
 
@@ -106,8 +112,8 @@ class Recipe:
             The YAML file, if there is one.
         script ([`~trl.ScriptArguments`]):
             The training dataset.
-        training ([`LATSFTConfig`], [`LATDPOConfig`] or [`LATRMUConfig`]):
-            Training, attack and defence.
+        training ([`~trl.SFTConfig`] or [`~trl.DPOConfig`]):
+            Training, attack and defence: of the class in `VERBS`.
         model ([`~trl.ModelConfig`]):
             Model, adapters, quantisation.
         mixture ([`~trl.DatasetMixtureConfig`]):

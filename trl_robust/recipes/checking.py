@@ -14,6 +14,7 @@ from trl import is_conversational
 
 from ..data import DataError, as_prompt_completion, check_none_lost, is_local, where_looked
 from ..threat.sites import parse_site, resolve_sites
+from ..trainers.lap_arguments import ParaphraseArguments
 from .arguments import Recipe
 from .ranges import block_of, check_ranges
 from .rows import SHARES, all_local, evaluates, load_share, named
@@ -28,6 +29,9 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 """A folder with none of these has no tokenizer."""
+
+PAIRED = ("lat-dpo", "lat-rmu", "lap-dpo")
+"""Verbs that train on pairs."""
 
 LENGTHS_CHECKED = 20_000
 """Prompts of a dataset that are tokenised to see whether they fit. Training checks the others."""
@@ -74,9 +78,10 @@ def _check_combinations(recipe: Recipe, faulty: set[str]) -> list[str]:
             '`eval_strategy: "no"`.'
         )
     if training.needs_prompt and getattr(training, "completion_only_loss", None) is False:
+        positions = "lap_positions" if is_lap(recipe) else "attack_positions"
         faults.append(
             "`completion_only_loss: false` trains on prompts as on completions, so that no token counts as a prompt "
-            f"to perturb (`attack_positions: {training.attack_positions}`). Remove it, or use `attack_positions: all`."
+            f"to perturb (`{positions}: {training.positions}`). Remove it, or use `{positions}: all`."
         )
     if getattr(training, "dataset_text_field", "text") != "text":
         faults.append(
@@ -86,10 +91,31 @@ def _check_combinations(recipe: Recipe, faulty: set[str]) -> list[str]:
     return faults + _check_shares(recipe)
 
 
+def is_lap(recipe: Recipe) -> bool:
+    """
+    Whether a recipe is for latent adversarial paraphrasing.
+
+    Args:
+        recipe ([`Recipe`]):
+            Settings.
+
+    Returns:
+        `bool`.
+    """
+    return isinstance(recipe.training, ParaphraseArguments)
+
+
 def _check_shares(recipe: Recipe) -> list[str]:
     """Datasets that a verb does not take, and settings whose dataset is missing."""
     training, faults = recipe.training, []
     has_benign = bool(named(recipe, "benign"))
+    if is_lap(recipe):
+        return [
+            f"{recipe.verb} takes no {share} dataset: it has no term for one. Remove `{key}`, or mix its rows into "
+            "the training data with `datasets`."
+            for share in ("benign", "retain")
+            for key, _ in named(recipe, share)[:1]
+        ]
     if recipe.verb == "lat-rmu":
         if has_benign:
             faults.append(
@@ -206,7 +232,7 @@ def _check_model_files(recipe: Recipe, folder: Path, tokenizer: Path, faulty: se
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
         return [f"`model_name_or_path` is {name}: its config.json cannot be used: {_line(error)}"], None
-    faults = [] if "attack_sites" in faulty else _check_sites(recipe, config.get_text_config().num_hidden_layers)
+    faults = _check_sites(recipe, config.get_text_config().num_hidden_layers, faulty)
     if not has_tokenizer(tokenizer):
         reason = "the folder has no tokenizer. Save the tokenizer beside the model (`tokenizer.save_pretrained`)."
         return [*faults, f"`model_name_or_path` is {name}: {reason}"], None
@@ -217,12 +243,10 @@ def _check_model_files(recipe: Recipe, folder: Path, tokenizer: Path, faulty: se
         return [*faults, reason], None
 
 
-def _check_sites(recipe: Recipe, num_layers: int) -> list[str]:
+def _check_sites(recipe: Recipe, num_layers: int, faulty: set[str]) -> list[str]:
     faults = []
     training = recipe.training
-    layers = {"attack_sites": training.attack_sites, "trained_layers": training.trained_layers}
-    if recipe.verb == "lat-rmu":
-        layers["rmu_layer"] = [training.rmu_layer]
+    layers = {key: sites for key, sites in training.site_keys.items() if key not in faulty}
     for key, site in [(key, site) for key, sites in layers.items() for site in sites]:
         try:
             parse_site(site)
@@ -271,8 +295,9 @@ def _check_share(recipe: Recipe, share: str, tokenizer: Any) -> list[str]:
         return []
     if share == "retain":
         return []  # what is wrong with it shows where the two corpora are paired
-    under_attack = share == "train" or (share == "evaluation" and recipe.training.eval_under_attack)
-    pairs = recipe.verb in ("lat-dpo", "lat-rmu") and share != "benign"  # with an attack or without
+    evaluates_attacked = share == "evaluation" and getattr(recipe.training, "eval_under_attack", False)
+    under_attack = share == "train" or evaluates_attacked
+    pairs = recipe.verb in PAIRED and share != "benign"  # with an attack or without
     needs_rejected = pairs or (under_attack and _needs_rejected(recipe))
     try:
         # What stands in messages during training stands in these, too.
@@ -284,7 +309,8 @@ def _check_share(recipe: Recipe, share: str, tokenizer: Any) -> list[str]:
         )
     except DataError as error:
         return [f"`{key}`: {error}"]
-    if share == "train" and recipe.training.updates_per_attack > 1 and len(rows) < (block := block_of(recipe)):
+    repeats = getattr(recipe.training, "updates_per_attack", 1) > 1
+    if share == "train" and repeats and len(rows) < (block := block_of(recipe)):
         faults.append(
             f"`{key}` has {len(rows)} rows, and one update takes {block} (`per_device_train_batch_size` x "
             "`gradient_accumulation_steps` x processes). With `updates_per_attack` above 1 a batch must be full: "
@@ -298,6 +324,8 @@ def _check_share(recipe: Recipe, share: str, tokenizer: Any) -> list[str]:
 def _needs_rejected(recipe: Recipe) -> bool:
     """As the settings say; a radius or a number of steps below zero, a fault of its own, still means an attack."""
     training = recipe.training
+    if is_lap(recipe):
+        return False
     searches = training.attack_radius < 0 or training.attack_steps < 0
     return training.needs_rejected or (searches and training.attack_objective in ("targeted", "swapped"))
 

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from ..trainers.lap_arguments import ParaphraseArguments
 from ..trainers.lat_arguments import AttackArguments
 from .arguments import PARTS, VERBS, Recipe, RecipeError
 from .checking import check_recipe
@@ -222,7 +223,7 @@ def _build(cls: type, values: dict[str, Any], faults: list[str], this_machine: b
     for item in dataclasses.fields(cls):
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         object.__setattr__(bare, item.name, own.get(item.name, default))
-    if isinstance(bare, AttackArguments) and not isinstance(problem, ValueError):
+    if isinstance(bare, AttackArguments | ParaphraseArguments) and not isinstance(problem, ValueError):
         faults += bare.faults()
     return bare
 

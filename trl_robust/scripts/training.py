@@ -26,11 +26,17 @@ from ..recipes.checking import fitting_rows, has_tokenizer, is_adapter
 from ..recipes.describe import help_text
 from ..recipes.launching import launch
 from ..recipes.rows import SHARES, load_share, named
-from ..trainers import LATDPOTrainer, LATRMUTrainer, LATSFTTrainer
+from ..trainers import LAPDPOTrainer, LAPSFTTrainer, LATDPOTrainer, LATRMUTrainer, LATSFTTrainer
 from .interruption import Interrupted, StopAtSignal
 from .run_folder import RECIPE, RUN, checkpoint_to_resume, hardware, versions, write_json
 
-TRAINERS: dict[str, Any] = {"lat-sft": LATSFTTrainer, "lat-dpo": LATDPOTrainer, "lat-rmu": LATRMUTrainer}
+TRAINERS: dict[str, Any] = {
+    "lat-sft": LATSFTTrainer,
+    "lat-dpo": LATDPOTrainer,
+    "lat-rmu": LATRMUTrainer,
+    "lap-sft": LAPSFTTrainer,
+    "lap-dpo": LAPDPOTrainer,
+}
 """Training verbs, and their trainers."""
 
 
@@ -90,7 +96,7 @@ def run(recipe: Recipe, *, quiet: bool = False) -> Any:
     rows = {share: load_share(recipe, share) for share in SHARES}
     dropped = _drop_long(recipe, rows) if recipe.benign.drop_long else {}
     trainer = _make_trainer(recipe, rows, quiet)
-    reference = trainer.reference if isinstance(trainer, LATDPOTrainer) else None
+    reference = trainer.reference if isinstance(trainer, LATDPOTrainer | LAPDPOTrainer) else None
     if reference is not None and not quiet and trainer.is_world_process_zero():
         print(f"Reference: {reference}.", file=sys.stderr)
     if trainer.is_world_process_zero():
@@ -135,6 +141,7 @@ def run(recipe: Recipe, *, quiet: bool = False) -> Any:
             }
         },
         "losses": _last_values(trainer.state.log_history),
+        **trainer.run_summary,
         "resumed_from": checkpoint,
         "output_dir": args.output_dir,
     }

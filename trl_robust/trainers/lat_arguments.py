@@ -200,6 +200,16 @@ class AttackArguments:
         return self.attack_radius > 0 and (stepless or self.attack_steps > 0)
 
     @property
+    def positions(self) -> Positions:
+        """Which tokens are perturbed."""
+        return self.attack_positions
+
+    @property
+    def site_keys(self) -> dict[str, list[str]]:
+        """Keys that name sites, and what they name."""
+        return {"attack_sites": self.attack_sites, "trained_layers": self.trained_layers}
+
+    @property
     def needs_prompt(self) -> bool:
         """Whether the attack needs prompts."""
         return self.attacks and (

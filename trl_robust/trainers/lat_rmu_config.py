@@ -68,6 +68,10 @@ class LATRMUConfig(AttackArguments, SFTConfig):
     )
 
     @property
+    def site_keys(self) -> dict[str, list[str]]:
+        return super().site_keys | {"rmu_layer": [self.rmu_layer]}
+
+    @property
     def needs_rejected(self) -> bool:
         return True  # the forget text stands in their place, attacked or not
 

@@ -49,6 +49,11 @@ class RobustTrainer(ABC):
     def card_section(self) -> str:
         """The model card's section on what the model was trained against, as Markdown."""
 
+    @property
+    def run_summary(self) -> dict[str, Any]:
+        """What `run.json` says beside the usual."""
+        return {}
+
     def _check_surroundings(self) -> None:
         """Refuses models and launchers under which perturbations would not work."""
         check_model(self.model, self.args)
