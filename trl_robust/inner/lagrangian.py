@@ -18,6 +18,9 @@ from .lagrangian_settings import LagrangianSettings
 BACKOFF_PASSES = 6
 """Forward passes that backing off to feasibility may take."""
 
+CLOSE = 0.75
+"""A feasible length that is this share of an infeasible one is close enough to the border."""
+
 Deltas = Mapping[Site, torch.Tensor]
 
 
@@ -36,7 +39,7 @@ class Found:
         feasible (`torch.Tensor` of shape `(B,)`):
             Whether it is within epsilon of the clean one.
         scales (`torch.Tensor` of shape `(B,)`):
-            By how much rows were shortened to get there; 1 where they were not.
+            Length at the end, over that after the last step: below 1 where a row was shortened to be feasible.
         nonfinite (`torch.Tensor` of shape `(B,)`):
             Rows that were given up, at the longest feasible perturbation they had, since something was not finite.
         records (`dict[str, torch.Tensor]`):
@@ -104,6 +107,7 @@ class ConstrainedSearch:
         self.best = [torch.zeros_like(delta) for delta in self.deltas.values()]
         self.best_length = torch.zeros_like(self.clean)
         self.best_loss = self.clean.clone()
+        self.shortest_infeasible = torch.full_like(self.clean, math.inf)
         self._records: dict[str, list[torch.Tensor]] = {}
         leaves = list(self.deltas.values())
         self._adamw = (
@@ -236,6 +240,8 @@ class ConstrainedSearch:
             kept.copy_(torch.where(_by_row(better, kept), delta.detach(), kept))
         self.best_length = torch.where(better, length, self.best_length)
         self.best_loss = torch.where(better, losses, self.best_loss)
+        shorter = torch.minimum(length, self.shortest_infeasible)
+        self.shortest_infeasible = torch.where(self._feasible(losses), self.shortest_infeasible, shorter)
 
     def _finish(self, losses: torch.Tensor) -> Found:
         scales = torch.ones_like(self.clean)
@@ -255,32 +261,38 @@ class ConstrainedSearch:
         """Shortens what violates the constraint until it does not; then the longest feasible of the search wins."""
         whole = [delta.detach().clone() for delta in self.deltas.values()]
         length = self._norms()
-        seeking = ~self._feasible(losses) & ~self.nonfinite
-        low, high = (~seeking).to(self.clean), torch.ones_like(self.clean)
-        low_loss = torch.where(seeking, self.clean, losses)
-        # A loss is between linear and quadratic in the length: this first guess errs to the short side.
-        scale = (0.95 * self.epsilon / (losses - self.clean).abs().clamp(min=1e-30)).clamp(max=1.0)
-        scale = torch.where(seeking, scale.nan_to_num(0.5), 1.0)
+        fits = self._feasible(losses)
+        # Where the search itself has come close to the border from within, no pass is spent on coming closer.
+        seeking = ~fits & ~self.nonfinite & (self.best_length < CLOSE * self.shortest_infeasible)
+        change = (losses - self.clean).abs().clamp(min=1e-30)
+        low, high = fits.to(self.clean), torch.ones_like(self.clean)
+        low_loss = torch.where(fits, losses, self.clean)
+        # The loss goes with a power of the length, between 1 and 2 as long as nothing is known.
+        power, scale, before = torch.full_like(change, 1.5), torch.ones_like(change), change
         for _ in range(BACKOFF_PASSES):
-            open_still = seeking & ((low_loss - self.clean).abs() < 0.8 * self.epsilon) & (low < 0.9 * high)
+            reached = ((low_loss - self.clean).abs() >= 0.5 * self.epsilon) | (low >= CLOSE * high)
+            open_still = seeking & ~reached
             if not bool(open_still.any()):
                 break
-            scale = torch.where(open_still, scale, low)
-            self._put(whole, scale)
-            found = self._losses(graph=False)
-            fits = self._feasible(found)
-            low, low_loss = torch.where(fits, scale, low), torch.where(fits, found, low_loss)
-            high = torch.where(fits, high, scale)
-            # Where the line from 0 through this length meets the border, kept inside the bracket.
-            change = (found - self.clean).abs().clamp(min=1e-30)
-            guess = scale * (0.9 * self.epsilon / change).clamp(0.1, 10.0).sqrt()
+            guess = scale * (0.8 * self.epsilon / before) ** (1 / power)
             inside = guess.nan_to_num(0.0).clamp(low + 0.05 * (high - low), high - 0.05 * (high - low))
-            scale = torch.where(open_still, inside, low)
+            tried = torch.where(open_still, inside, low)
+            self._put(whole, tried)
+            found = self._losses(graph=False)
+            now = (found - self.clean).abs().clamp(min=1e-30)
+            power = torch.where(
+                open_still, ((change / now).log() / -tried.log()).nan_to_num(1.5).clamp(0.5, 4.0), power
+            )
+            scale, before = torch.where(open_still, tried, scale), torch.where(open_still, now, before)
+            fits = self._feasible(found)
+            low, low_loss = torch.where(fits, tried, low), torch.where(fits, found, low_loss)
+            high = torch.where(open_still & ~fits, tried, high)
         self._put(whole, low)
         use_best = self.best_length > low * length
         for delta, best in zip(self.deltas.values(), self.best, strict=True):
             delta.detach().copy_(torch.where(_by_row(use_best, best), best, delta.detach()))
-        return torch.where(use_best, self.best_loss, low_loss), low
+        scales = torch.where(use_best, self.best_length / length.clamp(min=1e-30), low)
+        return torch.where(use_best, self.best_loss, low_loss), scales
 
     def _put(self, whole: list[torch.Tensor], scale: torch.Tensor) -> None:
         for delta, part in zip(self.deltas.values(), whole, strict=True):

@@ -38,7 +38,7 @@ class Paraphrase(Perturbation):
         feasible (`torch.Tensor` of shape `(B,)`):
             Whether the two are within epsilon of one another.
         scales (`torch.Tensor` of shape `(B,)`):
-            By how much rows were shortened at the end to be feasible; 1 where they were not.
+            Length at the end, over that after the last step: below 1 where a row was shortened to be feasible.
         nonfinite (`torch.Tensor` of shape `(B,)`):
             Rows whose search met something that is not finite; they keep the longest feasible perturbation before it.
         relative_norms (`torch.Tensor` of shape `(B,)`):
