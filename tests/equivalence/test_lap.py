@@ -255,7 +255,7 @@ def test_curves_are_written_a_line_a_batch_and_not_twice_after_a_resume(tmp_path
 def test_the_control_for_compute_makes_as_many_forward_passes(tmp_path, kind, plain):
     settings = {**SEARCH, "lap_branch": "mix", "lap_adv_prob": 0.5, "lap_backoff": False, "max_steps": 8}
     control = make(kind, tmp_path / "control", **settings, lap_match_compute=True)
-    perturbed = 1 + (2 * 3 + 1) * 0.5 + plain
+    perturbed = 1 + (2 * 3 - 1) * 0.5 + plain
     assert control.args.max_steps == round(8 * (0.5 * perturbed + 0.5 * plain) / plain)
     control.train()
     lap = train(kind, tmp_path / "lap", **settings)

@@ -13,6 +13,7 @@ RAW = {
     "lambda_min": 0.0,
     "lambda_max": math.inf,
     "clip": False,
+    "damped": False,
     "backoff": False,
     "token_cap": math.inf,
 }

@@ -246,6 +246,25 @@ class CachedPrefix:
         """Share of the layers that the next pass runs."""
         return 1.0 if self.output is None or self.last < 0 else 1 - (self.last + 1) / len(self.layers)
 
+    def of_rows(self, rows: torch.Tensor) -> CachedPrefix:
+        """
+        The same for some rows of the batch.
+
+        Args:
+            rows (`torch.Tensor`):
+                Their numbers.
+
+        Returns:
+            [`CachedPrefix`]: filled if this one is.
+        """
+        part = CachedPrefix.__new__(CachedPrefix)
+        part.layers, part.last, part.output = self.layers, self.last, self.output
+        if isinstance(self.output, tuple):
+            part.output = (self.output[0][rows], *self.output[1:])
+        elif self.output is not None:
+            part.output = self.output[rows]
+        return part
+
     @contextmanager
     def resume_from(self) -> Iterator[None]:
         """The first pass inside this block fills the cache; each later one resumes from it."""

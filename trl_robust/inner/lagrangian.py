@@ -76,6 +76,12 @@ class ConstrainedSearch:
             Bound of the L2 norm at every rank, of shape `(B, P)`.
         log_lambda (`float`, *optional*):
             Logarithm of the multiplier to begin with, in place of the settings' own.
+        starts_clean (`bool`, *optional*, defaults to `False`):
+            Whether the start is so near zero that the loss there counts as the clean one. The first step then follows
+            the norm alone, as the paper's curves do, and costs no pass.
+        losses_of (`Callable`, *optional*):
+            As `row_losses` without a graph, for some rows: from perturbations of all rows and the numbers of those
+            that are asked for to their losses. Makes backing off cost only what the shortened rows cost.
     """
 
     def __init__(
@@ -89,7 +95,10 @@ class ConstrainedSearch:
         settings: LagrangianSettings,
         caps: Mapping[Site, torch.Tensor] | None = None,
         log_lambda: float | None = None,
+        starts_clean: bool = False,
+        losses_of: Callable[[Deltas, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
+        self.starts_clean, self.losses_of = starts_clean, losses_of
         self.row_losses, self.clean, self.epsilon, self.settings = row_losses, clean.detach(), epsilon, settings
         self.mask = selected.unsqueeze(-1)
         self.deltas: dict[Site, torch.Tensor] = {
@@ -127,7 +136,7 @@ class ConstrainedSearch:
         Returns:
             [`Found`].
         """
-        losses = self._losses(graph=steps > 0)
+        losses = self.clean if self.starts_clean else self._losses(graph=steps > 0)
         for number in range(steps):
             gradients = self._loss_gradients(losses)
             self._step(losses.detach(), gradients)
@@ -142,6 +151,8 @@ class ConstrainedSearch:
             return self.row_losses(self.deltas)
 
     def _loss_gradients(self, losses: torch.Tensor) -> list[torch.Tensor]:
+        if not losses.requires_grad:  # at a start that counts as clean
+            return [torch.zeros_like(delta) for delta in self.deltas.values()]
         found = torch.autograd.grad(losses.sum(), list(self.deltas.values()))
         return [gradient * self.mask for gradient in found]
 
@@ -153,6 +164,10 @@ class ConstrainedSearch:
         violation = change.abs() - self.epsilon
         multiplier = self.log_lambda.exp()
         pull = (multiplier + settings.augmented * violation.clamp(min=0)) * change.sign()
+        if settings.damped:
+            # To first order, no step along the loss gradient goes beyond the far side of what is allowed.
+            reach = settings.learning_rate * _row_length(of_loss).square().clamp(min=1e-30)
+            pull = torch.minimum(pull.abs(), (change.abs() + self.epsilon) / reach) * pull.sign()
         of_norm = self._norm_gradients()
         gradients = [
             -settings.norm_weight * norm_part + _by_row(pull, loss_part) * loss_part
@@ -278,7 +293,13 @@ class ConstrainedSearch:
             inside = guess.nan_to_num(0.0).clamp(low + 0.05 * (high - low), high - 0.05 * (high - low))
             tried = torch.where(open_still, inside, low)
             self._put(whole, tried)
-            found = self._losses(graph=False)
+            found = low_loss.clone()
+            if self.losses_of is None:
+                found = self._losses(graph=False)
+            else:
+                rows = open_still.nonzero().flatten()
+                with torch.no_grad():
+                    found[rows] = self.losses_of(self.deltas, rows)
             now = (found - self.clean).abs().clamp(min=1e-30)
             power = torch.where(
                 open_still, ((change / now).log() / -tried.log()).nan_to_num(1.5).clamp(0.5, 4.0), power

@@ -45,6 +45,10 @@ class LagrangianSettings:
             Bounds of lambda.
         clip (`bool`, *optional*, defaults to `True`):
             Whether a row's gradient is clipped to the length of the norm's own gradient.
+        damped (`bool`, *optional*, defaults to `True`):
+            Whether the loss term's part of a step is kept so short that, to first order, it takes the loss no further
+            than epsilon beyond where it was without a perturbation. Without it, a step along a steep loss overshoots
+            (ours; `"adamw"` has no such steps).
         backoff (`bool`, *optional*, defaults to `True`):
             Whether a row that violates the constraint at the end is shortened until it does not, and the longest
             feasible perturbation of the search is returned.
@@ -71,6 +75,7 @@ class LagrangianSettings:
     lambda_min: float = 1e-6
     lambda_max: float = 1e4
     clip: bool = True
+    damped: bool = True
     backoff: bool = True
     token_cap: float = 1.0
     init_scale: float = 1e-3
@@ -107,6 +112,7 @@ PAPER = LagrangianSettings(
     lambda_min=0.0,
     lambda_max=math.inf,
     clip=False,
+    damped=False,
     backoff=False,
     token_cap=math.inf,
     # The paper's curve of the norm begins at 0.000: under this reading, with steps of 0.05, the start must be shorter.

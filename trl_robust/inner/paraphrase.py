@@ -149,11 +149,8 @@ def find_paraphrase(
         raise ValueError(f"`steps` is {steps}; it must be at least 0.")
     layers = [layer] if isinstance(layer, str | int | float) else list(layer)
     sites = resolve_sites([parse_site(site) for site in layers], len(decoder_layers(model)))
-    term = (
-        completion_term(batch) if preference is None else preference_term(batch, preference, "`preference` is given")
-    )
     with torch.enable_grad(), attack_mode(model):
-        rows = _PerturbedRows(model, term, sites, positions)
+        rows = _PerturbedRows(model, batch, preference, sites, positions)
         scales = rows.scales(relative=settings.optimizer == "normalized")
         start = {
             site: settings.init_scale * rows.rms(site) * rows.noise(generator) / scales[site] for site in rows.sites
@@ -167,8 +164,12 @@ def find_paraphrase(
             settings=settings,
             caps={site: settings.token_cap * rows.token_norms[site] / scales[site][..., 0] for site in sites},
             log_lambda=start_log_lambda,
+            starts_clean=True,
+            losses_of=lambda deltas, chosen: rows.losses_of(
+                {site: (deltas[site] * scales[site])[chosen] for site in sites}, chosen
+            ),
         )
-        with rows.perturbation.installed(model, copies=term.copies):
+        with rows.perturbation.installed(model, copies=rows.term.copies):
             found = search.run(steps)
     return rows.result(found, {site: found.deltas[site] * scales[site] for site in sites}, scales)
 
@@ -176,9 +177,17 @@ def find_paraphrase(
 class _PerturbedRows:
     """The rows of a batch, their hidden states as they are, and their losses under a perturbation."""
 
-    def __init__(self, model: nn.Module, term: Term, sites: Sequence[Site], positions: Positions) -> None:
-        self.model, self.term, self.sites = model, term, tuple(sites)
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, torch.Tensor],
+        preference: PreferenceLoss | None,
+        sites: Sequence[Site],
+        positions: Positions,
+    ) -> None:
+        self.model, self.batch, self.preference, self.sites = model, batch, preference, tuple(sites)
         self.passes = 0.0
+        self.term = term = self._term_of(batch)
         chosen = selected_by([term], positions)
         self.selected = chosen & _before_last_label(term, chosen.shape[1])
         if not self.selected.any():
@@ -204,13 +213,32 @@ class _PerturbedRows:
 
     def losses(self, deltas: Mapping[Site, torch.Tensor]) -> torch.Tensor:
         """The loss of every row under some perturbations, inside their `installed` block."""
-        batch = self.term.batch
         self.perturbation.deltas = dict(deltas)
-        cost = batch["input_ids"].shape[0] * self.prefix.share_run
+        cost = len(self.selected) * self.term.copies * self.prefix.share_run
         self.passes += 2 * cost if torch.is_grad_enabled() else cost  # with its backward pass
         with self.prefix.resume_from():
-            found = label_logits(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+            found = label_logits(*self._inputs(self.term))
         return self.term.row_losses(found)
+
+    def losses_of(self, deltas: Mapping[Site, torch.Tensor], chosen: torch.Tensor) -> torch.Tensor:
+        """The loss of some rows under perturbations of these rows, inside the `installed` block of all of them."""
+        count, copies = len(self.selected), self.term.copies
+        rows = torch.cat([chosen + copy * count for copy in range(copies)])
+        term = self._term_of({key: value[chosen] for key, value in self.batch.items()})
+        perturbation = Perturbation(dict(deltas), self.selected[chosen])
+        prefix = self.prefix.of_rows(rows)
+        self.passes += len(rows) * prefix.share_run
+        with self.perturbation.disabled(), perturbation.installed(self.model, copies=copies), prefix.resume_from():
+            found = label_logits(*self._inputs(term))
+        return term.row_losses(found)
+
+    def _term_of(self, batch: Mapping[str, torch.Tensor]) -> Term:
+        if self.preference is None:
+            return completion_term(batch)
+        return preference_term(batch, self.preference, "`preference` is given")
+
+    def _inputs(self, term: Term) -> tuple:
+        return self.model, term.batch["input_ids"], term.batch["attention_mask"], term.batch["labels"]
 
     def _see(self, site: Site, states: torch.Tensor) -> None:
         """Keeps hidden states by rank."""

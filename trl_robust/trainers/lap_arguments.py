@@ -98,7 +98,7 @@ class ParaphraseArguments:
         lap_max_nonfinite (`int`, *optional*, defaults to `10`):
             Searches in a row without one finite row after which training stops. Until then such a batch is trained on
             unperturbed, counted and logged.
-        lap_optimizer, lap_learning_rate, lap_norm, lap_norm_weight, lap_lambda_init, lap_alpha, lap_violation, lap_augmented, lap_max_log_step, lap_lambda_min, lap_lambda_max, lap_clip, lap_backoff, lap_token_cap, lap_init_scale, lap_skip_first_update (*optional*):
+        lap_optimizer, lap_learning_rate, lap_norm, lap_norm_weight, lap_lambda_init, lap_alpha, lap_violation, lap_augmented, lap_max_log_step, lap_lambda_min, lap_lambda_max, lap_clip, lap_damped, lap_backoff, lap_token_cap, lap_init_scale, lap_skip_first_update (*optional*):
             In place of the preset's: see [`~trl_robust.inner.LagrangianSettings`]. `lap_alpha: 0` fixes the
             multiplier.
     """  # noqa: E501
@@ -170,6 +170,9 @@ class ParaphraseArguments:
     lap_lambda_min: float | None = field(default=None, metadata={"help": "Least multiplier (preset)."})
     lap_lambda_max: float | None = field(default=None, metadata={"help": "Largest multiplier (preset)."})
     lap_clip: bool | None = field(default=None, metadata={"help": "Clip the gradient to that of the norm (preset)."})
+    lap_damped: bool | None = field(
+        default=None, metadata={"help": "Keep steps along the loss gradient from overshooting (preset)."}
+    )
     lap_backoff: bool | None = field(
         default=None, metadata={"help": "Shorten what violates the constraint at the end (preset)."}
     )
@@ -229,7 +232,7 @@ class ParaphraseArguments:
         """
         Cost of training with these settings over that of plain training, in forward passes (lap.md 5).
 
-        An update under perturbation costs `1 + (2 * steps + 1) * s + 3`: the clean pass, the search through the share
+        An update under perturbation costs `1 + (2 * steps - 1) * s + 3`: the clean pass, the search through the share
         `s` of the layers above the lowest perturbed one, and the training pass. Backing off, at most six passes
         through these layers more, is not counted.
 
@@ -245,7 +248,7 @@ class ParaphraseArguments:
         lowest = resolve_sites([parse_site(site) for site in self.lap_layers], num_layers)[0]
         share = 1.0 if lowest == "embedding" else 1 - (int(lowest) + 1) / num_layers
         plain = 3 + reference
-        perturbed = 1 + (2 * self.lap_steps + 1) * share + plain
+        perturbed = 1 + (2 * self.lap_steps - 1) * share + plain
         chance = self.lap_adv_prob if self.lap_branch == "mix" else 1.0
         if self.lap_branch == "sft_only" or not self.lap_steps:
             return 1.0
