@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import conftest  # noqa: E402, F401
 import dpo_runs  # noqa: E402
+import lap_runs  # noqa: E402
 import runs  # noqa: E402
 from runs import EVERYTHING, benign_data, trained  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -17,9 +18,22 @@ SETTINGS = {"sft": {**EVERYTHING, **SGD}, "dpo": {**dpo_runs.ATTACK, "kl_coef": 
 MODULES = {"sft": runs, "dpo": dpo_runs}
 
 
+LAP = {**lap_runs.SEARCH, **SGD, "lap_branch": "mix", "lap_lambda_persist": "ema", "max_steps": 4}
+SETTINGS |= {"lap-sft": LAP, "lap-dpo": LAP}
+
+
+def make(kind: str, folder: Path, **changes):
+    if kind.startswith("lap-"):
+        return lap_runs.make(kind[4:], folder, **changes)
+    return MODULES[kind].make(folder, **changes)
+
+
 def run(kind: str, folder: Path, **changes):
     settings = {**SETTINGS[kind], **changes}
-    return MODULES[kind].train(folder, **settings, benign=benign_data(), dropout=None, model=lora(tiny_model()))
+    benign = {} if kind.startswith("lap-") else {"benign": benign_data()}
+    trainer = make(kind, folder, **settings, **benign, dropout=None, model=lora(tiny_model()))
+    trainer.train()
+    return trainer
 
 
 if __name__ == "__main__":
@@ -28,4 +42,5 @@ if __name__ == "__main__":
     trainer = run(kind, target, per_device_train_batch_size=2, ddp_backend="gloo")
     assert trainer.accelerator.num_processes == 2
     save_file({name: value.contiguous() for name, value in trained(trainer).items()}, target / f"{rank}.safetensors")
-    (target / f"{rank}.json").write_text(json.dumps(trainer.state.log_history[0]))
+    branches = [entry["perturbed_updates"] for entry in trainer.state.log_history if "perturbed_updates" in entry]
+    (target / f"{rank}.json").write_text(json.dumps({**trainer.state.log_history[0], "branches": branches}))

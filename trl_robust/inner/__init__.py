@@ -6,7 +6,7 @@ from .lagrangian import ConstrainedSearch
 from .lagrangian_settings import LagrangianSettings, preset_settings
 from .norms import median_norms
 from .observing import hidden_after
-from .paraphrase import Paraphrase, find_paraphrase
+from .paraphrase import Paraphrase, find_paraphrase, row_noise
 from .pgd import find_perturbation
 from .search import NonBindingRadiusWarning
 
@@ -26,4 +26,5 @@ __all__ = [
     "median_norms",
     "preset_settings",
     "refusal_directions",
+    "row_noise",
 ]

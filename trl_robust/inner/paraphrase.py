@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,7 +154,8 @@ def find_paraphrase(
         rows = _PerturbedRows(model, batch, preference, sites, positions)
         scales = rows.scales(relative=settings.optimizer == "normalized")
         start = {
-            site: settings.init_scale * rows.rms(site) * rows.noise(generator) / scales[site] for site in rows.sites
+            site: settings.init_scale * rows.rms(site) / scales[site] * row_noise(batch, hidden.float(), generator)
+            for site, hidden in rows.hidden.items()
         }
         search = ConstrainedSearch(
             lambda deltas: rows.losses({site: deltas[site] * scales[site] for site in sites}),
@@ -172,6 +174,35 @@ def find_paraphrase(
         with rows.perturbation.installed(model, copies=rows.term.copies):
             found = search.run(steps)
     return rows.result(found, {site: found.deltas[site] * scales[site] for site in sites}, scales)
+
+
+def row_noise(
+    batch: Mapping[str, torch.Tensor], like: torch.Tensor, generator: torch.Generator | None
+) -> torch.Tensor:
+    """
+    Standard normal values that are a row's own: they depend on its tokens and the generator, not on the other rows.
+
+    So neither the order of rows nor how they are split among batches and processes changes what is drawn for a row.
+
+    Args:
+        batch (`Mapping[str, torch.Tensor]`):
+            `input_ids` and `attention_mask`.
+        like (`torch.Tensor` of shape `(B, P, H)`):
+            Shape, dtype and device.
+        generator (`torch.Generator`, *optional*):
+            Source, on the CPU.
+
+    Returns:
+        `torch.Tensor` of shape `(B, P, H)`, by rank.
+    """
+    base = int(torch.randint(2**31, (), generator=generator))
+    drawn = []
+    for tokens, mask in zip(batch["input_ids"].cpu(), batch["attention_mask"].cpu().bool(), strict=True):
+        own = torch.Generator().manual_seed(base ^ zlib.crc32(repr(tokens[mask].tolist()).encode()))
+        # In blocks, so that the first values do not depend on how many there are.
+        blocks = [torch.randn(64, like.shape[-1], generator=own) for _ in range(0, like.shape[1], 64)]
+        drawn.append(torch.cat(blocks)[: like.shape[1]])
+    return torch.stack(drawn).to(like)
 
 
 class _PerturbedRows:
@@ -266,13 +297,6 @@ class _PerturbedRows:
                 unit = unit * coordinates
             scales[site] = unit
         return scales
-
-    def noise(self, generator: torch.Generator | None) -> torch.Tensor:
-        """Standard normal values of shape `(1, P, H)`: the same for all rows, so that a row's hang on no other's."""
-        width, hidden = self.selected.shape[1], next(iter(self.hidden.values()))
-        # In blocks, so that the first values do not depend on how many there are.
-        blocks = [torch.randn(64, hidden.shape[-1], generator=generator) for _ in range(0, width, 64)]
-        return torch.cat(blocks)[:width].unsqueeze(0).to(hidden.device)
 
     def result(self, found: Found, deltas: dict[Site, torch.Tensor], scales: dict[Site, torch.Tensor]) -> Paraphrase:
         """What was found, with what is to be known of it."""

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..inner import Paraphrase, Perturbation, find_paraphrase, find_perturbation
+from ..inner import Paraphrase, Perturbation, find_paraphrase, find_perturbation, row_noise
 from ..objectives import PreferenceLoss
 from ..threat import ThreatModel
 from .lap_arguments import ParaphraseArguments
@@ -130,7 +130,7 @@ class Paraphraser:
 
     def _find(self, batch: Mapping[str, Any], step: int, number: int) -> Perturbation:
         args = self.args
-        generator = self._generator("search", step, number, self.accelerator.process_index)
+        generator = self._generator("search", step)  # rows draw their own, so processes and micro-batches may share it
         tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
         with self.accelerator.autocast():
             if args.lap_search == "untargeted":
@@ -163,7 +163,7 @@ class Paraphraser:
         self.passes += found.forward_passes
         self._watch(found, step, number)
         if args.lap_search == "random":
-            _turn_at_random(found, generator)
+            _turn_at_random(found, tensors, generator)
         return found
 
     def _watch(self, found: Paraphrase, step: int, number: int) -> None:
@@ -279,9 +279,9 @@ class Paraphraser:
             curves.write_text("".join(kept), encoding="utf-8")
 
 
-def _turn_at_random(found: Perturbation, generator: torch.Generator) -> None:
+def _turn_at_random(found: Perturbation, batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> None:
     """Replaces a perturbation by one of a random direction, with the same norm at every token."""
     for site, delta in found.deltas.items():
-        drawn = torch.randn(delta.shape, generator=generator).to(delta.device)
+        drawn = row_noise(batch, delta, generator)
         lengths = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
         found.deltas[site] = drawn * lengths / torch.linalg.vector_norm(drawn, dim=-1, keepdim=True)
