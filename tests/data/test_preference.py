@@ -9,6 +9,7 @@ from trl_robust.data import (
     DataError,
     LATDataCollator,
     add_user_spans,
+    as_conversation,
     as_prompt_completion,
     check_none_lost,
     join_benign,
@@ -175,3 +176,29 @@ def test_a_plain_prompt_is_one_user_turn():
 def test_a_conversation_without_a_user_turn_is_refused():
     with pytest.raises(DataError, match="Positions in user turns need one in every prompt"):
         user_spans(make_tokenizer(), [{"role": "assistant", "content": "w1"}])
+
+
+def ultrafeedback(count: int = 3) -> Dataset:
+    """Rows in UltraFeedback's form: the prompt as text, and again as the first turn of both completions."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt": f"w{i} w1",
+                "chosen": [{"role": "user", "content": f"w{i} w1"}, {"role": "assistant", "content": "w3"}],
+                "rejected": [{"role": "user", "content": f"w{i} w1"}, {"role": "assistant", "content": "w5"}],
+                "score_chosen": 8.0,
+            }
+            for i in range(count)
+        ]
+    )
+
+
+@pytest.mark.parametrize("conversations_first", [False, True])
+def test_a_prompt_that_stands_as_text_beside_conversations_that_begin_with_it_comes_once(conversations_first):
+    data = as_conversation(ultrafeedback(), "w9") if conversations_first else ultrafeedback()
+    made = as_prompt_completion(data, "training", needs_rejected=True, needs_prompt=True)
+    system = [{"role": "system", "content": "w9"}] if conversations_first else []
+    for number, row in enumerate(made):
+        assert [dict(turn) for turn in row["prompt"]] == [*system, {"role": "user", "content": f"w{number} w1"}]
+        assert [dict(turn) for turn in row["completion"]] == [{"role": "assistant", "content": "w3"}]
+        assert [dict(turn) for turn in row["rejected"]] == [{"role": "assistant", "content": "w5"}]

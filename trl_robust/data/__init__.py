@@ -4,7 +4,16 @@ from .collator import LATDataCollator, PreferenceCollator
 from .corpora import generic_label_rows, is_corpus_pairs, is_generic_labels, pair_corpora
 from .errors import DataError
 from .loading import as_conversation, content_hash, is_local, load_rows, where_looked
-from .preference import add_user_spans, as_prompt_completion, check_none_lost, join_benign, kept_whole, user_spans
+from .preference import (
+    add_user_spans,
+    as_prompt_completion,
+    check_none_lost,
+    join_benign,
+    kept_whole,
+    prompt_inside,
+    take_prompt_out,
+    user_spans,
+)
 
 __all__ = [
     "DataError",
@@ -23,6 +32,8 @@ __all__ = [
     "kept_whole",
     "load_rows",
     "pair_corpora",
+    "prompt_inside",
+    "take_prompt_out",
     "user_spans",
     "where_looked",
 ]

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .cells import check_cells
 from .errors import DataError
+from .preference import prompt_inside, take_prompt_out
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """File endings that are read, and what `datasets` calls their format."""
@@ -208,6 +209,8 @@ def as_conversation(dataset: Dataset, system_prompt: str | None = None, *, name:
     [{'content': 'Hi', 'role': 'user'}]
     ```
     """
+    if prompt_inside(dataset):
+        dataset = take_prompt_out(dataset, name)
     opening = next((column for column in ("prompt", "messages") if column in dataset.column_names), None)
     if opening is None:
         raise DataError(

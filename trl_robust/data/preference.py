@@ -81,9 +81,11 @@ def as_prompt_completion(
                 f"The {name} dataset has `chosen` and `rejected` and also `completion`. Remove `completion`, or both "
                 "of the others."
             )
+        if prompt_inside(dataset) and "prompt" in columns:
+            dataset = dataset.remove_columns("prompt")
         _check_values(dataset, name)
-        if "prompt" not in columns:
-            dataset = dataset.map(maybe_extract_prompt, desc=f"Extracting prompts of the {name} dataset")
+        if prompt_inside(dataset):
+            dataset = take_prompt_out(dataset, name)
             check_full(dataset, name)
         dataset = dataset.rename_column("chosen", "completion")
     elif not ({"prompt", "completion"} <= set(columns) or {"text"} <= set(columns) or {"messages"} <= set(columns)):
@@ -101,6 +103,47 @@ def as_prompt_completion(
     if needs_prompt and "prompt" not in dataset.column_names:
         raise DataError(_no_prompts(dataset, name))
     return dataset
+
+
+def prompt_inside(dataset: Dataset) -> bool:
+    """
+    Whether preference data holds its prompts inside the completions.
+
+    Besides rows without a `prompt`, that is rows whose `prompt` is a text beside completions that are conversations
+    and begin with it (UltraFeedback's form).
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Any data.
+
+    Returns:
+        `bool`.
+    """
+    if not {"chosen", "rejected"} <= set(dataset.column_names) or len(dataset) == 0:
+        return False
+    first = dataset[0]
+    if "prompt" not in first:
+        return True
+    chosen = first["chosen"]
+    begins_with_it = isinstance(chosen, list) and bool(chosen) and dict(chosen[0]).get("role") != "assistant"
+    return isinstance(first["prompt"], str) and begins_with_it
+
+
+def take_prompt_out(dataset: Dataset, name: str) -> Dataset:
+    """
+    Takes the prompts out of completions that hold them, as TRL does.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Data of which [`prompt_inside`] holds.
+        name (`str`):
+            What the progress bar calls it.
+
+    Returns:
+        [`~datasets.Dataset`] with `prompt`, `chosen` and `rejected`.
+    """
+    bare = dataset.remove_columns("prompt") if "prompt" in dataset.column_names else dataset
+    return bare.map(maybe_extract_prompt, desc=f"Extracting prompts of the {name} dataset")
 
 
 def _no_prompts(dataset: Dataset, name: str) -> str:

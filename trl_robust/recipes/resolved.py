@@ -32,7 +32,7 @@ def resolved_recipe(recipe: Recipe) -> dict[str, Any]:
     Returns:
         `dict`: keys and plain values, `verb` first.
     """
-    values = {"verb": recipe.verb, **recipe.given}
+    values = {"verb": recipe.verb, **{name: _as_written(value) for name, value in recipe.given.items()}}
     for name, part in PARTS.items():
         cls, settings = part(recipe.verb), getattr(recipe, name)
         # The defaults after the class's own checks: transformers replaces some by what they stand for.
@@ -47,6 +47,15 @@ def resolved_recipe(recipe: Recipe) -> dict[str, Any]:
     if recipe.environment:
         values["env"] = dict(recipe.environment)
     return {name: value for name, value in (values | recipe.launch).items() if name not in NEVER_WRITTEN}
+
+
+def _as_written(value: Any) -> Any:
+    """A value as a recipe writes it: TRL makes objects of the mappings in `datasets`, in place."""
+    if isinstance(value, list):
+        return [_as_written(entry) for entry in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {name: entry for name, entry in dataclasses.asdict(value).items() if entry is not None}
+    return value
 
 
 def _is_plain(value: Any) -> bool:

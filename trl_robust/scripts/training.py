@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
 from trl import get_peft_config, get_quantization_config
 
 from ..cli import fault_of, shows_help
-from ..data import content_hash
+from ..data import content_hash, prompt_inside, take_prompt_out
 from ..recipes import Recipe, load_recipe, recipe_text, resolved_recipe
 from ..recipes.checking import fitting_rows, has_tokenizer, is_adapter
 from ..recipes.describe import help_text
@@ -164,8 +164,17 @@ def _drop_long(recipe: Recipe, rows: dict[str, Any]) -> dict[str, int]:
         name = str(PeftConfig.from_pretrained(str(path)).base_model_name_or_path)
     revision = None if is_adapter(path) else recipe.model.model_revision
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    if (template := getattr(args, "chat_template_path", None)) is not None:
+        as_text = str(template).endswith((".jinja", ".j2"))
+        tokenizer.chat_template = (
+            Path(template).read_text(encoding="utf-8")
+            if as_text
+            else AutoTokenizer.from_pretrained(template).chat_template
+        )
     dropped = {}
     for share, given in rows.items():
+        if given is not None and prompt_inside(given):
+            given = take_prompt_out(given, share)
         if given is None or "prompt" not in given.column_names:
             continue
         kept = fitting_rows(given, tokenizer, args.max_length)
