@@ -339,3 +339,9 @@ def test_rows_without_prompts_are_refused_with_what_to_do(tmp_path):
 def test_an_adapter_under_training_is_perturbed_as_well(tmp_path):
     trainer = train("sft", tmp_path, **SEARCH, model=lora(tiny_model()), dropout=None)
     assert losses(trainer, "feasible_end") == [1.0] * 5
+
+
+def test_of_pairs_the_chosen_completions_are_trained_on(tmp_path):
+    pairs = train("sft", tmp_path / "pairs", **SEARCH, data=preference_data(seed=1))
+    rows = train("sft", tmp_path / "rows", **SEARCH)
+    assert_same(weights(pairs), weights(rows))

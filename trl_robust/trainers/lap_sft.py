@@ -108,6 +108,8 @@ class LAPSFTTrainer(ParaphrasedTrainer, SFTTrainer):
             check_model(model, args)
         if train_dataset is None:
             raise ValueError("`train_dataset` is required")
+        # Here, since `SFTTrainer.__init__` looks at the columns before it calls `_prepare_dataset`.
+        train_dataset = _wanted(train_dataset, "training", needs_prompt=args.needs_prompt)
         super().__init__(
             model=model,
             args=args,
@@ -138,12 +140,11 @@ class LAPSFTTrainer(ParaphrasedTrainer, SFTTrainer):
             return prepared(dataset)
         training = dataset_name == "train"
         name = "training" if training else "evaluation" if dataset_name == "eval" else dataset_name
-        dataset = as_prompt_completion(dataset, name, needs_prompt=training and args.needs_prompt)
-        if not training:
-            return kept_whole(prepared, dataset, name, args.max_length)
-        rows = kept_whole(prepared, dataset, name, args.max_length)
+        rows = kept_whole(prepared, _wanted(dataset, name), name, args.max_length)
+        if not (training and args.attacks):
+            return rows
         template = {"chat_template": self.chat_template} if self.chat_template else {}
-        return add_user_spans(rows, processing_class, args.lap_positions, name, **template) if args.attacks else rows
+        return add_user_spans(rows, processing_class, args.lap_positions, name, **template)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -175,3 +176,9 @@ class LAPSFTTrainer(ParaphrasedTrainer, SFTTrainer):
         count = (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
         share = 1.0 if num_items_in_batch is None else num_items_in_batch / count / self._loss_scale
         return self._loss_of_update(loss, share)
+
+
+def _wanted(dataset: Dataset, name: str, *, needs_prompt: bool = False) -> Dataset:
+    """Prompts and the completions that are wanted; of pairs, the rejected ones are left out."""
+    rows = as_prompt_completion(dataset, name, needs_prompt=needs_prompt)
+    return rows.remove_columns("rejected") if "rejected" in rows.column_names else rows
