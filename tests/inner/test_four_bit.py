@@ -5,7 +5,7 @@ import torch
 from tiny import batch, tiny_model
 from torch import nn
 
-from trl_robust import ThreatModel, find_perturbation
+from trl_robust import ThreatModel, find_paraphrase, find_perturbation
 from trl_robust._compat import keep_4bit_differentiable
 from trl_robust.objectives import label_logits, toward
 
@@ -67,3 +67,16 @@ def test_without_the_remedy_a_cpu_with_avx512_bf16_loses_the_gradient(four_bit):
     before = embedding_gradient(four_bit)
     evaluate(four_bit)
     assert not torch.equal(embedding_gradient(four_bit), before)
+
+
+def test_a_paraphrase_of_a_four_bit_model_keeps_the_constraint_and_leaves_its_gradients_alone(four_bit):
+    keep_4bit_differentiable(four_bit)
+    before = embedding_gradient(four_bit)
+    found, again = (
+        find_paraphrase(four_bit, batch(), layer=1, epsilon=0.2, steps=4, generator=torch.Generator().manual_seed(0))
+        for _ in range(2)
+    )
+    assert found.feasible.all() and found.relative_norms.min() > 0.05
+    assert found.delta.dtype == torch.float32 and torch.equal(found.delta, again.delta)
+    assert 0 < found.cast_lost < 0.5
+    assert torch.equal(embedding_gradient(four_bit), before)
