@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .evaluate_prompts import prompts
+from .evaluate_semantics import SemanticArguments, semantics
 from .inputs import folder_fault, seed_fault
 
 PROMPT_JUDGES = ("exact", "reward", "llm", "endpoint", "annotations")
@@ -31,7 +33,8 @@ class EvaluateArguments:
 
     Args:
         suite (`str`, *optional*, defaults to `"prompts"`):
-            `prompts`: how answers hold over several wordings of each question.
+            `prompts`: how answers hold over several wordings of each question. (`semantics` has arguments of its own:
+            `--suite semantics --help`.)
         model (`list[str]`):
             Models or adapters: folders or hub ids. With several, each is compared with the first.
         data (`str`):
@@ -81,7 +84,7 @@ class EvaluateArguments:
             Seed of sampling, of the order in which a judge sees two answers, and of the bootstrap.
     """
 
-    suite: str = field(default="prompts", metadata={"help": "What is measured.", "choices": ["prompts"]})
+    suite: str = field(default="prompts", metadata={"help": "What is measured.", "choices": ["prompts", "semantics"]})
     model: list[str] | None = field(default=None, metadata={"help": "Models: folders or hub ids."})
     data: str | None = field(default=None, metadata={"help": "Cases: a file, a folder or a hub id."})
     data_split: str = field(default="train", metadata={"help": "Split of the cases."})
@@ -179,17 +182,37 @@ class EvaluateArguments:
 
 
 def main(argv: list[str]) -> int:
+    """
+    Measures as the arguments say.
+
+    Args:
+        argv (`list[str]`):
+            `--suite prompts` (the default) or `--suite semantics`, and that suite's `--key value` arguments.
+
+    Returns:
+        `int`: exit code.
+
+    Raises:
+        [`~trl_robust.recipes.RecipeError`]: listing every fault of the arguments.
+    """
     from ..recipes.flat import load_arguments
+    from ..recipes.reading import split_command_line
     from .quiet import quiet
 
-    args: EvaluateArguments = load_arguments(EvaluateArguments, argv, prog="trl-robust evaluate")
+    named = split_command_line([word for word in argv if word not in ("-h", "--help")])[0].get("suite")
+    suite = str(named.value[0]) if named is not None and named.value else "prompts"
+    cls, run = SUITES.get(suite, SUITES["prompts"])  # an unknown one is a fault of its arguments
+    args: Any = load_arguments(cls, argv, prog=f"trl-robust evaluate --suite {suite}")
     with quiet():
-        SUITES[args.suite](args)
+        run(args)
     return 0
 
 
-SUITES: dict[str, Callable[[EvaluateArguments], None]] = {"prompts": prompts}
-"""What can be measured, by its name."""
+SUITES: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "prompts": (EvaluateArguments, prompts),
+    "semantics": (SemanticArguments, semantics),
+}
+"""What can be measured, by its name: its arguments, and what measures it."""
 
 
 if __name__ == "__main__":
