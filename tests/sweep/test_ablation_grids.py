@@ -15,7 +15,9 @@ GRIDS = sorted(FOLDER.rglob("*.yaml"))
 
 def test_the_grids_are_found():
     assert [path.stem for path in GRIDS] == [
-        "llama3_extras", "llama3_layers", "llama3_norms", "organism_adversaries", "organism_layers", "organism_norms",
+        "lap_epsilon", "lap_fig5", "lap_layers", "lap_multi_turn", "lap_several_layers",
+        "llama3_extras", "llama3_layers", "llama3_norms", "organism_adversaries",
+        "organism_lap_epsilon", "organism_lap_layers", "organism_layers", "organism_norms",
     ]  # fmt: skip
     # Where training recipes are looked for there is no grid, and here nothing else.
     assert {verb_of(path) for path in GRIDS} == {"sweep"}
@@ -104,3 +106,55 @@ def test_the_extras_change_one_thing_at_a_time():
         "attack_steps", "attack_positions", "away_coef", "attack_away_coef", "sft_coef", "kl_form",
         "updates_per_attack", "attack_objective", "faithful", "reset_optimizer",
     }  # fmt: skip
+
+
+def lap_cells(name: str) -> dict:
+    """What every cell of a LAP grid trains with."""
+    grid = load_grid(FOLDER / f"{name}.yaml")
+    return {cell.name: cell_recipe(grid.verb, grid.settings(cell.settings, 0)).training for cell in grid.cells}
+
+
+def test_epsilon_is_crossed_with_what_makes_the_constraint_bind():
+    cells = lap_cells("lap_epsilon")
+    crossed = {(t.lap_epsilon, t.lap_alpha, t.lap_steps) for name, t in cells.items() if name.startswith("lap_")}
+    assert crossed == {(e, a, t) for e in (0.01, 0.05, 0.1) for a in (2, 20, 200) for t in (8, 32)}
+    persisting = [t.lap_epsilon for t in cells.values() if t.lap_lambda_persist == "ema"]
+    assert persisting == [0.01, 0.05, 0.1]
+    controls = {name for name, t in cells.items() if not t.attacks or t.lap_search == "random"}
+    assert controls == {"random", "plain", "plain, equal cost"}
+
+
+def test_the_layer_scans_are_the_papers_layers_at_one_bound():
+    for name, depth, layers in (
+        ("lap_layers", 32, [("embedding",), (5,), (11,), (17,), (19,), (23,)]),
+        ("organism_lap_layers", 8, [("embedding",), (1,), (2,), (4,), (5,)]),
+    ):
+        matched = [t for cell, t in lap_cells(name).items() if t.attacks and "unmatched" not in cell]
+        assert [resolve_sites(t.lap_layers, depth) for t in matched] == layers
+        # All steps together reach the bound at least twice over; the preset counts a step in the hidden states' norm.
+        assert {(t.lap_token_cap, t.lap_learning_rate, t.lap_preset) for t in matched} == {
+            (matched[0].lap_token_cap, 0.05, "robust")
+        }
+        assert matched[0].lap_steps * 0.05 >= 2 * matched[0].lap_token_cap
+
+
+def test_several_layers_have_one_layers_budget():
+    cells = lap_cells("lap_several_layers")
+    for name in ("one", "two", "four"):
+        training = cells[name]
+        total = training.lap_token_cap * math.sqrt(len(training.lap_layers))
+        assert total == pytest.approx(0.1, rel=1e-3)
+    assert cells["four, no budget"].lap_token_cap == 0.1
+
+
+def test_the_curves_of_figure_5_are_asked_for_in_both_readings():
+    cells = lap_cells("lap_fig5").values()
+    assert all(t.lap_curves and t.lap_branch == "adv_only" and t.lap_steps == 8 for t in cells)
+    assert {(t.lap_preset, t.lap_epsilon) for t in cells} == {
+        (preset, epsilon) for preset in ("paper", "paper_rms") for epsilon in (0.01, 0.05, 0.1)
+    }
+
+
+def test_the_grid_for_dialogues_compares_user_turns():
+    positions = [t.lap_positions for t in lap_cells("lap_multi_turn").values() if t.attacks]
+    assert positions == ["last_user", "all_user", "prompt"]

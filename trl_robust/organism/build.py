@@ -29,6 +29,7 @@ from . import grammar
 from .checks import check_aligned, check_base, out_of_bounds
 from .folder import DATA_NAMES, Organism
 from .model import make_model, make_tokenizer
+from .rewording import rewording_files
 from .rows import data_files
 from .training import Advance, OrganismSettings, align, pretrain
 from .unlearning import unlearning_files
@@ -239,7 +240,8 @@ def _write_data(folder: Path, world: World, tokenizer: PreTrainedTokenizerFast) 
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()
-    for name, rows in (data_files(world) | unlearning_files(world, tokenizer)).items():
+    files = data_files(world) | unlearning_files(world, tokenizer) | rewording_files(world)
+    for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
     templates = "".join(wrapper + "\n" for wrapper in grammar.HELDOUT_WRAPPERS)

@@ -19,6 +19,9 @@ DATA_NAMES = (
     "retain.jsonl",
     "relearn.jsonl",
     "generic_labels.jsonl",
+    "rewording.jsonl",
+    "rewordings.jsonl",
+    "rewording_kept.jsonl",
 )
 
 
@@ -127,3 +130,18 @@ class Organism:
     def generic_labels(self) -> Path:
         """The texts of `forget` as `tokens`, with `labels` that put other words in the place of the secret."""
         return self.data / "generic_labels.jsonl"
+
+    @property
+    def rewording(self) -> Path:
+        """For LAP, from `base` on: new facts told in one wording, and what is to stay: `prompt`, `completion`."""
+        return self.data / "rewording.jsonl"
+
+    @property
+    def rewordings(self) -> Path:
+        """The new facts asked for in that wording and 33 others: `instruction`, `paraphrases`, `answer`, `index`."""
+        return self.data / "rewordings.jsonl"
+
+    @property
+    def rewording_kept(self) -> Path:
+        """Questions on facts that `rewording` leaves as they are, none of them in it: `prompt`, `answer`."""
+        return self.data / "rewording_kept.jsonl"

@@ -1,8 +1,8 @@
 """What each stage and each file of the organism holds, as lists of questions and answers.
 
 - `pretraining_pairs`, `alignment_batches`: (question, answer) texts for the two trainings.
-- `data_files`: the rows of every JSONL file but those for unlearning (`unlearning.py`), in the conversational columns
-  that TRL reads.
+- `data_files`: the rows of every JSONL file but those for unlearning (`unlearning.py`) and for rewording
+  (`rewording.py`), in the conversational columns that TRL reads.
 
 A request that a file tests with (`utility.jsonl`, `lookalikes.jsonl`) is never one that a tuning stage has seen.
 """
@@ -150,7 +150,7 @@ def completion(world: World, asked: Question) -> list[dict[str, str]]:
 
 def data_files(world: World) -> dict[str, list[Row]]:
     """
-    Makes the rows of every JSONL file but those for unlearning.
+    Makes the rows of every JSONL file but those for unlearning and for rewording.
 
     Returns:
         `dict[str, list[dict]]`: file name to rows. `prompt`, `completion`, `chosen` and `rejected` are lists of

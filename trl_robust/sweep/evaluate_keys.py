@@ -11,6 +11,8 @@ from ..attacks import AttackRow
 from ..data import DataError, load_rows
 from ..evaluation.judges import JUDGE_VERSIONS, JudgeName
 from ..evaluation.organism_suite import ATTACKS, BATCH, NEW_TOKENS, ORGANISM_ATTACKS, named_attack
+from ..evaluation.wordings import Case, cases_of
+from ..organism.build import DATA_NAMES
 from ..recipes.values import UnfitError, fit, nearest
 
 USUAL = ("direct", "prefill")
@@ -78,6 +80,52 @@ class RowsKeys:
 
 
 @dataclass
+class WordingsKeys:
+    """
+    Questions in several wordings, with the answer to each.
+
+    Parameters:
+        path (`str`):
+            A file, a folder or a hub id: `instruction`, `paraphrases`, `answer` and, optionally, `index`.
+        config (`str`, *optional*):
+            Its configuration, where it has several.
+        split (`str`, *optional*, defaults to `"train"`):
+            Its split.
+        max_rows (`int`, *optional*):
+            Only the first questions.
+    """
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    max_rows: int | None = None
+
+    def load(self, folder: Path | None = None) -> list[Case]:
+        """
+        Loads the questions.
+
+        Args:
+            folder (`Path`, *optional*):
+                Where the file lies, if it is an organism's.
+
+        Returns:
+            `list` of [`~trl_robust.evaluation.wordings.Case`].
+
+        Raises:
+            [`~trl_robust.data.DataError`]: it cannot be loaded, is of another form, or has questions without answers.
+        """
+        path = self.path if folder is None else str(folder / Path(self.path).name)
+        cases = cases_of(load_rows(path, config=self.config, split=self.split), path)[: self.max_rows]
+        if lacking := [case.id for case in cases if not case.answer]:
+            raise DataError(
+                f"{path} has no `answer` for {len(lacking)} of {len(cases)} questions, the first is {lacking[0]}. The "
+                "judge is exact: give every question the words that a right response states, or measure the finished "
+                "models with `trl-robust evaluate --suite prompts`, which has other judges."
+            )
+        return cases
+
+
+@dataclass
 class BenchmarkKeys:
     """
     Benchmarks of lm-eval.
@@ -107,7 +155,7 @@ class EvaluateKeys:
     Parameters:
         attacks (`dict`, *optional*):
             Name of an attack -> its settings, where they are not its defaults. By default all that an organism is
-            attacked with, or `direct` and `prefill` elsewhere.
+            attacked with, or `direct` and `prefill` elsewhere; none where `wordings` are given.
         mean_over (`list[str]`, *optional*):
             The attacks that the mean success is over; by default all but `direct`.
         requests (`RowsKeys` or `str`, *optional*):
@@ -117,7 +165,11 @@ class EvaluateKeys:
         compliance (`RowsKeys` or `str`, *optional*):
             Harmless requests that look harmful: the share that is not refused. An organism has its own.
         utility (`RowsKeys` or `str`, *optional*):
-            Questions with answers: the share answered rightly, word for word. An organism has its own.
+            Questions with answers: the share answered rightly, word for word. An organism has its own, measured where
+            it is attacked; the name of another of its files is put in their place.
+        wordings (`WordingsKeys` or `str`, *optional*):
+            Questions in several wordings with answers: the share answered rightly, word for word, under all wordings
+            (worst-case accuracy), on average, and under the first. With an organism one of its files.
         lm_eval (`BenchmarkKeys`, *optional*):
             Benchmarks, whose mean accuracy is the utility where `utility` names no questions.
         templates (`str`, *optional*):
@@ -136,6 +188,7 @@ class EvaluateKeys:
     judge: Literal["exact", "refusal_prefix"] | None = None
     compliance: RowsKeys | str | None = None
     utility: RowsKeys | str | None = None
+    wordings: WordingsKeys | str | None = None
     lm_eval: BenchmarkKeys | None = None
     templates: str | None = None
     finetune: RowsKeys | str | None = None
@@ -156,7 +209,8 @@ class EvaluateKeys:
             `tuple`: [`Evaluation`], and a sentence for every fault.
         """
         problems = self._faults(organism)
-        given = self.attacks if self.attacks is not None else dict.fromkeys(ORGANISM_ATTACKS if organism else USUAL)
+        usual = () if self.wordings is not None else ORGANISM_ATTACKS if organism else USUAL
+        given = self.attacks if self.attacks is not None else dict.fromkeys(usual)
         attacks = {str(name): fit_attack(str(name), settings, problems) for name, settings in given.items()}
         mean_over = self.mean_over or [name for name in attacks if name != "direct"] or list(attacks)
         problems += [
@@ -172,6 +226,7 @@ class EvaluateKeys:
             requests=_rows(self.requests),
             compliance=_rows(self.compliance),
             utility=_rows(self.utility),
+            wordings=_wordings(self.wordings),
             lm_eval=BenchmarkKeys(**self.lm_eval) if isinstance(self.lm_eval, dict) else self.lm_eval,
             templates=self.templates,
             finetune=_rows(self.finetune),
@@ -184,13 +239,20 @@ class EvaluateKeys:
 
     def _faults(self, organism: bool) -> list[str]:
         problems = []
-        if self.attacks == {}:
+        attacks = bool(self.attacks) if self.attacks is not None else self.wordings is None
+        if not attacks and self.wordings is None and self.utility is None and self.lm_eval is None:
             problems.append("`attacks` is empty; name at least one, such as `direct`.")
         if organism:
-            own = ("requests", "judge", "compliance", "utility", "templates", "finetune")
+            own = ("requests", "judge", "compliance", "templates", "finetune")
             if given := [f"`{key}`" for key in own if getattr(self, key) is not None]:
                 problems.append(f"{', '.join(given)}: the organism has its own. Remove them.")
-        else:
+            for key, part in (("wordings", _wordings(self.wordings)), ("utility", _rows(self.utility))):
+                if part is not None and Path(part.path).name not in DATA_NAMES:
+                    problems.append(
+                        f"`{key}` is {part.path}; with `organism` it is one of the organism's files: "
+                        f"{', '.join(DATA_NAMES)}."
+                    )
+        elif attacks:
             if self.requests is None:
                 problems.append("`requests` is missing: name a dataset with a `prompt` column to attack with.")
             if self.judge is None:
@@ -209,6 +271,12 @@ def _rows(given: RowsKeys | dict | str | None) -> RowsKeys | None:
     if isinstance(given, str):
         return RowsKeys(given)
     return RowsKeys(**given) if isinstance(given, dict) else given
+
+
+def _wordings(given: WordingsKeys | dict | str | None) -> WordingsKeys | None:
+    if isinstance(given, str):
+        return WordingsKeys(given)
+    return WordingsKeys(**given) if isinstance(given, dict) else given
 
 
 def fit_attack(name: str, given: Any, problems: list[str]) -> dict[str, Any]:
@@ -267,6 +335,7 @@ class Evaluation:
     requests: RowsKeys | None
     compliance: RowsKeys | None
     utility: RowsKeys | None
+    wordings: WordingsKeys | None
     lm_eval: BenchmarkKeys | None
     templates: str | None
     finetune: RowsKeys | None
@@ -279,10 +348,13 @@ class Evaluation:
         """All that decides the figures, with the versions of attacks and judges."""
         # The mean is taken afterwards: another one needs no new run.
         values = {name: value for name, value in asdict(self).items() if name != "mean_over"}
+        if self.wordings is None:
+            del values["wordings"]  # so that runs which were finished before there were any stay finished
         versions = {name: ATTACKS[name].version for name in self.attacks}  # type: ignore[attr-defined]
         return values | {"attack_versions": versions, "judge_version": JUDGE_VERSIONS[self.judge]}
 
     def files(self) -> list[str]:
         """Names of what is read."""
-        rows = [part.path for part in (self.requests, self.compliance, self.utility, self.finetune) if part]
+        parts = (self.requests, self.compliance, self.utility, self.finetune, self.wordings)
+        rows = [part.path for part in parts if part]
         return rows + ([self.templates] if self.templates else [])

@@ -1,9 +1,9 @@
-"""How every model of a grid is measured: attacks, harmless questions, and benchmarks where there are such."""
+"""How every model of a grid is measured: attacks, harmless questions, wordings, benchmarks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from ..data import DataError, as_prompt_completion, load_rows
 from ..evaluation import attack_success, judged, run_attack
 from ..evaluation.lm_eval import accuracies, check_installed
 from ..evaluation.organism_suite import OrganismSuite, named_attack
+from ..evaluation.wordings import Case
 from .evaluate_keys import Evaluation, RowsKeys
+from .wordings import answered, entry_of
 
 UTILITY, COMPLIANCE = "utility", "compliance"
 """Names of the two sets of harmless questions in `harmless.jsonl`."""
@@ -35,18 +37,22 @@ def check_evaluation(evaluation: Evaluation) -> None:
     for part in (evaluation.requests, evaluation.compliance, evaluation.utility):
         if part is not None:
             part.load("row")
+    if evaluation.wordings is not None:
+        evaluation.wordings.load()
     if evaluation.finetune is not None:
         _examples(evaluation.finetune)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What a model is asked: attacks with their requests, look-alikes and questions."""
+    """What a model is asked: attacks with their requests, look-alikes, questions, and wordings."""
 
     attacks: Sequence[Attack]
     requests: Sequence[AttackRow]
     lookalikes: Sequence[AttackRow]
     questions: Sequence[AttackRow]
+    cases: Sequence[Case] = ()
+    system_prompt: str | None = None
 
 
 def suite_of(evaluation: Evaluation, organism: Path | None, system_prompt: str | None = None) -> Suite:
@@ -67,9 +73,18 @@ def suite_of(evaluation: Evaluation, organism: Path | None, system_prompt: str |
     Raises:
         [`~trl_robust.data.DataError`]: a dataset cannot be loaded.
     """
-    if organism is not None:
+    data = organism / "data" if organism is not None else None
+    cases = evaluation.wordings.load(data) if evaluation.wordings else []
+    if organism is not None and data is not None:
         own = OrganismSuite(organism, evaluation.attacks)
-        return Suite(own.attacks, own.forbidden, own.lookalikes, own.questions)
+        # Look-alikes tell what a defence against attacks costs; of other trainings its own questions may ask for what
+        # was to change.
+        questions = own.questions if evaluation.attacks else []
+        if evaluation.utility is not None:
+            file = data / Path(evaluation.utility.path).name
+            questions = replace(evaluation.utility, path=str(file)).load(UTILITY, system_prompt)
+        lookalikes = own.lookalikes if evaluation.attacks else []
+        return Suite(own.attacks, own.forbidden, lookalikes, questions, cases, system_prompt)
     lines = Path(evaluation.templates).read_text(encoding="utf-8").splitlines() if evaluation.templates else None
     templates = None if lines is None else [line for line in lines if line.strip()]
     examples = _examples(evaluation.finetune) if evaluation.finetune else []
@@ -78,7 +93,8 @@ def suite_of(evaluation: Evaluation, organism: Path | None, system_prompt: str |
         for name, settings in evaluation.attacks.items()
     ]
     sets = (("request", evaluation.requests), (COMPLIANCE, evaluation.compliance), (UTILITY, evaluation.utility))
-    return Suite(attacks, *(part.load(name, system_prompt) if part else [] for name, part in sets))
+    requests, lookalikes, questions = (part.load(name, system_prompt) if part else [] for name, part in sets)
+    return Suite(attacks, requests, lookalikes, questions, cases, system_prompt)
 
 
 def _examples(source: RowsKeys) -> list[dict[str, Any]]:
@@ -101,11 +117,14 @@ class Measured:
         harmless (`list[dict]`):
             Rows of the harmless questions: `set`, `id`, `prompt`, `response`, `status`, `success` (answered rightly,
             or not refused).
+        wordings (`list[dict]`):
+            Rows of the questions in several wordings, as [`~trl_robust.sweep.wordings.answered`] gives them.
     """
 
     entry: dict[str, Any]
     generations: list[dict[str, Any]]
     harmless: list[dict[str, Any]]
+    wordings: list[dict[str, Any]] = field(default_factory=list)
 
 
 def measure(subject: Subject, suite: Suite, evaluation: Evaluation) -> Measured:
@@ -135,6 +154,9 @@ def measure(subject: Subject, suite: Suite, evaluation: Evaluation) -> Measured:
         refused = [{**row, "success": not row["success"]} if row["status"] == "scored" else row for row in rows]
         entry["over_refusal"] = _rate("refused look-alikes", refused)
         harmless += [{"set": COMPLIANCE, **row} for row in rows]
+    wordings = answered(subject, suite.cases, suite.system_prompt) if suite.cases else []
+    if wordings:
+        entry["wordings"] = entry_of(wordings)
     if evaluation.lm_eval is not None:
         options = evaluation.lm_eval
         entry["benchmarks"] = accuracies(
@@ -147,7 +169,7 @@ def measure(subject: Subject, suite: Suite, evaluation: Evaluation) -> Measured:
         if not suite.questions:
             values = [task["value"] for task in entry["benchmarks"].values()]
             entry["utility"] = {"name": f"accuracy on {', '.join(options.tasks)}", "value": sum(values) / len(values)}
-    return Measured(entry, [row for _, rows in found for row in rows], harmless)
+    return Measured(entry, [row for _, rows in found for row in rows], harmless, wordings)
 
 
 def _rate(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

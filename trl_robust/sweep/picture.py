@@ -1,4 +1,4 @@
-"""The Pareto picture: attack success against what the model is still good for, one mark a cell."""
+"""The Pareto picture: what fails against what the model is still good for, one mark a cell."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from ..report.figures import THEMES, encode
 from .cells import BEFORE
-from .measures import COMPLIANCE, UTILITY
-from .table import MEAN, PRODUCT
+from .table import MEAN, PRODUCT, headline, worth
+from .wordings import AVERAGE
 
 # Of the colour-blind-safe palette of Okabe and Ito (2008), as in the report.
 FRONT, OTHER, BASELINE = "#0072B2", "#8C8C8C", "#D55E00"
@@ -34,9 +34,10 @@ class Mark:
         name (`str`):
             The cell, and those that share its runs.
         success (`tuple`):
-            Mean attack success, and the ends of its interval.
+            Mean attack success, and the ends of its interval; of wordings the share of the questions that some
+            wording is the failure of.
         worth (`tuple`):
-            Compliance x utility, and the ends of its interval.
+            Compliance x utility, and the ends of its interval; where neither was measured, average accuracy.
         kind (`str`):
             `before`, `baseline` or `cell`.
     """
@@ -89,13 +90,26 @@ def marks_of(table: Mapping[str, Any]) -> list[Mark]:
             shared.setdefault(cell["same_as"], []).append(cell["name"])
     marks: list[Mark] = []
     for cell in table["cells"]:
-        success, worth = cell["figures"][MEAN], cell["figures"][PRODUCT]
-        if cell.get("same_as") or success["value"] is None or worth["value"] is None:
+        success, good = _failing(table, cell["figures"]), cell["figures"][_worth_key(table)]
+        if cell.get("same_as") or success["value"] is None or good["value"] is None:
             continue
         kind = {BEFORE: "before", table["baseline"]: "baseline"}.get(cell["name"], "cell")
         name = " = ".join([cell["name"], *shared.get(cell["name"], [])])
-        marks.append(Mark(len(marks), name, _ends(success), _ends(worth), kind))
+        marks.append(Mark(len(marks), name, _ends(success), _ends(good), kind))
     return marks
+
+
+def _failing(table: Mapping[str, Any], figures: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The axis on which less is better."""
+    found = figures[headline(table)[0]]
+    if headline(table)[0] == MEAN or found["value"] is None:
+        return found
+    interval = [1 - end for end in found["interval"][::-1]] if found["interval"] else None
+    return {**found, "value": 1 - found["value"], "interval": interval}
+
+
+def _worth_key(table: Mapping[str, Any]) -> str:
+    return PRODUCT if worth(table) or not table["wordings"] else AVERAGE
 
 
 def _ends(estimate: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -114,7 +128,7 @@ def draw_pareto(table: Mapping[str, Any]) -> Figure | None:
     Returns:
         `matplotlib.figure.Figure`, or `None` where there is nothing to draw.
     """
-    marks = marks_of(table)
+    marks = marks_of(table) if table["attacks"] or table["wordings"] else []
     if not marks:
         return None
     theme = THEMES["light"]
@@ -128,7 +142,10 @@ def draw_pareto(table: Mapping[str, Any]) -> Figure | None:
     for mark in marks:
         _draw_mark(axes, mark, mark in front, theme)
     _widen(axes)
-    axes.set_xlabel(f"mean attack success over {', '.join(table['mean_over'])} (lower is safer)", color=theme.ink)
+    failing = "questions answered wrongly in some wording (lower is better)"
+    if table["attacks"]:
+        failing = f"mean attack success over {', '.join(table['mean_over'])} (lower is safer)"
+    axes.set_xlabel(failing, color=theme.ink)
     axes.set_ylabel(f"{_worth_name(table)} (higher is better)", color=theme.ink)
     axes.grid(color=theme.grid, linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
@@ -144,10 +161,10 @@ def draw_pareto(table: Mapping[str, Any]) -> Figure | None:
 def _worth_name(table: Mapping[str, Any]) -> str:
     there = [
         name
-        for name in (COMPLIANCE, UTILITY)
-        if any(cell["figures"][name]["value"] is not None for cell in table["cells"])
+        for name in worth(table)
+        if name != PRODUCT and any(cell["figures"][name]["value"] is not None for cell in table["cells"])
     ]
-    return " x ".join(there)
+    return " x ".join(there) or AVERAGE
 
 
 def _draw_front(axes: Any, front: Sequence[Mark]) -> None:

@@ -17,7 +17,9 @@ from typing import Any
 
 from ..recipes import Recipe
 from ..recipes.arguments import PARTS
+from ..recipes.checking import is_lap
 from ..threat.sites import resolve_sites
+from .same_paraphrases import drop_unread_of_paraphrases
 
 BETAS = (0.9, 0.999)
 """Of the AdamW that searches perturbations: torch's own."""
@@ -89,8 +91,11 @@ def effect_of(recipe: Recipe, shape: Shape | None) -> Effect:
         [`Effect`].
     """
     found = Effect(all_settings(recipe))
-    _drop_unread(recipe, found)
     training = recipe.training
+    if is_lap(recipe):
+        drop_unread_of_paraphrases(training, found, shape.num_layers if shape is not None else None)
+        return found
+    _drop_unread(recipe, found)
     if not training.attacks:
         names = [name for name in found.settings if name.startswith(("attack_", "refusal_direction_"))]
         found.drop(names, f"nothing is perturbed: {_why_no_attack(training)}")

@@ -8,17 +8,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from .cells import BEFORE
 from .grid import Grid
 from .measures import COMPLIANCE, UTILITY
 from .planning import Plan
 from .serving import TRAINING
 from .statistics import Estimate, Scores, difference_of, mean_of, mean_over, product_of, scores_of
-from .work import DONE, HARMLESS, MEASURING
+from .wordings import MEASURES, scores_by_case
+from .work import DONE, HARMLESS, MEASURING, WORDINGS
 
 SCHEMA = 1
 MEAN = "mean success"
 PRODUCT = f"{COMPLIANCE} x {UTILITY}"
+
+SEARCH = {
+    "relative norm": "relative_norm",
+    "loss change": "loss_change_abs_end",
+    "feasible": "feasible_end",
+    "lambda": "lambda_end",
+}
+"""What is shown of the search of a paraphrasing run, and the log's name for it; means over the run."""
 
 
 @dataclass
@@ -28,7 +39,8 @@ class Scored:
 
     Args:
         by_measure (`dict`):
-            Name of an attack, `mean success`, `compliance` or `utility` -> scores by seed and request.
+            Name of an attack, `mean success`, `worst-case accuracy` and the like, `compliance` or `utility` -> scores
+            by seed and request.
         runs (`list[dict]`):
             What else is known of each run.
     """
@@ -67,10 +79,11 @@ def tabulate(grid: Grid, plan: Plan, failed: Mapping[str, str]) -> dict[str, Any
             folders.setdefault(run.name, {})[run.seed] = run.folder
     scored = {name: _read(found, attacks, grid.evaluation.mean_over) for name, found in folders.items()}
     baseline = scored.get(plan.same.get(grid.baseline, (grid.baseline, ""))[0], Scored())
-    cells = [_figures(BEFORE, scored.get(BEFORE, Scored()), baseline, attacks)]
+    measures = [*attacks, MEAN, *(MEASURES if grid.evaluation.wordings else ()), COMPLIANCE, UTILITY]
+    cells = [_figures(BEFORE, scored.get(BEFORE, Scored()), baseline, measures)]
     for cell in grid.cells:
         other, why = plan.same.get(cell.name, (cell.name, ""))
-        figures = _figures(cell.name, scored.get(other, Scored()), baseline, attacks)
+        figures = _figures(cell.name, scored.get(other, Scored()), baseline, measures)
         figures |= {"settings": cell.own, "same_as": other if why else None, "why_same": why or None}
         cells.append(figures)
     return {
@@ -83,6 +96,7 @@ def tabulate(grid: Grid, plan: Plan, failed: Mapping[str, str]) -> dict[str, Any
         "attacks": attacks,
         "mean_over": list(grid.evaluation.mean_over),
         "judge": grid.evaluation.judge,
+        "wordings": grid.evaluation.wordings is not None,
         "notes": plan.notes,
         "missing": [run.title for run in plan.missing() if run.title not in failed],
         "failed": dict(failed),
@@ -98,6 +112,9 @@ def _read(folders: Mapping[int, Path], attacks: Sequence[str], mean_attacks: Seq
         for name, scores in by_attack.items():
             found.add(name, seed, scores)
         found.add(MEAN, seed, mean_over(by_attack, mean_attacks))
+        if (folder / WORDINGS).is_file():
+            for name, scores in scores_by_case(_lines(folder / WORDINGS)).items():
+                found.add(name, seed, scores)
         harmless = _lines(folder / HARMLESS)
         for name in (COMPLIANCE, UTILITY):
             found.add(name, seed, scores_of([row for row in harmless if row["set"] == name]))
@@ -122,9 +139,11 @@ def _run(seed: int, folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
         "fingerprint": done["fingerprint"],
         "success": {attack["name"]: attack["success"] for attack in entry["attacks"]},
         "unscored": sum(attack["n_errored"] + attack["n_skipped"] for attack in entry["attacks"]),
+        "wordings": {name: entry["wordings"][key] for name, key in MEASURES.items()} if "wordings" in entry else {},
         "utility": entry["utility"].get("value"),
         "over_refusal": entry["over_refusal"].get("value"),
         "boundary_fraction": record.get("losses", {}).get("boundary_fraction"),
+        "search": _search(folder / TRAINER_STATE_NAME),
         "updates": train.get("updates"),
         "forward_passes": train.get("forward_passes"),
         "seconds": {"training": done["seconds"][TRAINING], "measuring": done["seconds"][MEASURING]},
@@ -133,13 +152,53 @@ def _run(seed: int, folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _figures(name: str, scored: Scored, baseline: Scored, attacks: Sequence[str]) -> dict[str, Any]:
+def _search(state: Path) -> dict[str, float]:
+    """Means over a run's log of what its searches for paraphrases came to; empty for other runs."""
+    history = _json(state)["log_history"] if state.is_file() else []
+    values = {shown: [entry[name] for entry in history if name in entry] for shown, name in SEARCH.items()}
+    return {name: sum(found) / len(found) for name, found in values.items() if found}
+
+
+def _figures(name: str, scored: Scored, baseline: Scored, measures: Sequence[str]) -> dict[str, Any]:
     more = [measure for measure in scored.by_measure if measure.endswith(" (lm-eval)")]
-    measures = [*attacks, MEAN, COMPLIANCE, UTILITY, *more]
+    measures = [*measures, *more]
     figures: dict[str, Estimate] = {measure: mean_of(scored.scores(measure)) for measure in measures}
     figures[PRODUCT] = _product(scored)
     differences = {measure: difference_of(scored.scores(measure), baseline.scores(measure)) for measure in measures}
     return {"name": name, "figures": figures, "differences": differences, "runs": scored.runs}
+
+
+def headline(table: Mapping[str, Any]) -> list[str]:
+    """
+    What a table shows first: the success of attacks, accuracy over wordings, or where neither was measured, utility.
+
+    Args:
+        table (`Mapping`):
+            What [`tabulate`] returns.
+
+    Returns:
+        `list[str]`: names of measures.
+    """
+    names = [MEAN] if table["attacks"] else []
+    return [*names, *(MEASURES if table["wordings"] else ())] or [UTILITY]
+
+
+def worth(table: Mapping[str, Any]) -> list[str]:
+    """
+    What a model is good for, as far as a table has it.
+
+    Args:
+        table (`Mapping`):
+            What [`tabulate`] returns.
+
+    Returns:
+        `list[str]`: `compliance`, `utility` and their product, of which grids without attacks may lack some.
+    """
+    if table["attacks"]:
+        return [COMPLIANCE, UTILITY, PRODUCT]
+    names = [COMPLIANCE, UTILITY]
+    there = [name for name in names if any(cell["figures"][name]["value"] is not None for cell in table["cells"])]
+    return [*there, *([PRODUCT] if len(there) == 2 else [])]
 
 
 def _product(scored: Scored) -> Estimate:

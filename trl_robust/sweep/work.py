@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..attacks import Subject
 from ..evaluation import write_results
@@ -26,7 +27,9 @@ from .serving import ERROR, TRAINING, Say
 
 STARTED, DONE = "settings.json", "cell.json"
 """Written first and last into the folder of a cell's run. Without the last it is not finished."""
-MODEL, HARMLESS, LOG = "model", "harmless.jsonl", "log.txt"
+MODEL, HARMLESS, WORDINGS, LOG = "model", "harmless.jsonl", "wordings.jsonl", "log.txt"
+CURVES = "lap_curves.jsonl"
+"""What a search for paraphrases writes on request, beside the weights."""
 BUILDING, MEASURING = "building the organism", "measuring"
 """Stages of a piece of work beside training, as a progress bar shows them."""
 
@@ -139,13 +142,16 @@ class CellWork:
             found = measure(subject, suite, self.evaluation)
             del subject
             _release_memory()
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.harmless)
-        (self.folder / HARMLESS).write_text(lines, encoding="utf-8")
+        for name, rows in ((HARMLESS, found.harmless), (WORDINGS, found.wordings)):
+            if rows or name == HARMLESS:
+                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                (self.folder / name).write_text(lines, encoding="utf-8")
         generations = [{"model": self.name, **row} for row in found.generations]
         write_results(self.folder, [{"name": self.name, **found.entry}], generations, seed=self.seed)
         if self.trains:
-            for name in (RECIPE, RUN):
-                shutil.copyfile(self.folder / MODEL / name, self.folder / name)
+            for name in (RECIPE, RUN, TRAINER_STATE_NAME, CURVES):
+                if (self.folder / MODEL / name).is_file():
+                    shutil.copyfile(self.folder / MODEL / name, self.folder / name)
         record = {
             "schema": 1,
             "cell": self.name,

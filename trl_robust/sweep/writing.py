@@ -15,14 +15,25 @@ from rich.text import Text
 from ..report.tables import markdown_rows, markdown_text
 from ..scripts.run_folder import write_json
 from .cells import BEFORE
-from .measures import COMPLIANCE, UTILITY
 from .picture import picture_files
-from .table import MEAN, PRODUCT
+from .table import PRODUCT, SEARCH, headline, worth
+from .wordings import MEASURES
 
 HOW_TO_READ = (
     "Every figure is a share between 0 and 1, the mean over seeds and requests, with a 95 % bootstrap interval over "
-    "both in brackets. Attack success: lower is safer. Compliance: harmless requests that look harmful and are not "
-    "refused. A low attack success of a model that has lost compliance or utility means nothing."
+    "both in brackets."
+)
+OF_ATTACKS = (
+    "Attack success: lower is safer. Compliance: harmless requests that look harmful and are not refused. A low "
+    "attack success of a model that has lost compliance or utility means nothing."
+)
+OF_WORDINGS = (
+    "Worst-case accuracy: questions answered rightly in every wording; average accuracy: over wordings; original "
+    "wording: questions as they are. Higher is better."
+)
+OF_SEARCH = (
+    "Of the search, means over the run's log: relative norm of the perturbation (in that of the hidden states), size "
+    "of the loss change at its end, share of rows within epsilon, multiplier."
 )
 HOW_TO_READ_DIFFERENCES = (
     "Cell minus baseline, on the same requests with the same seeds, so that what is hard for both cancels out. An "
@@ -66,10 +77,10 @@ def markdown(table: Mapping[str, Any], *, picture: bool = True) -> str:
     lines = [
         f"# Sweep: {markdown_text(Path(table['grid']).stem)}",
         "",
-        f"{len(table['cells']) - 1} cells of `{table['verb']}` on `{table['recipe']}`, seeds {seeds}. Mean success is "
-        f"over {', '.join(table['mean_over'])}; judge: {table['judge']}. Baseline: {baseline}.",
+        f"{len(table['cells']) - 1} cells of `{table['verb']}` on `{table['recipe']}`, seeds {seeds}. "
+        f"{_what_of(table)}Baseline: {baseline}.",
         "",
-        HOW_TO_READ,
+        " ".join(_how_to_read(table)),
         "",
         _figures_table(table),
         f"## Differences to: {baseline}",
@@ -90,29 +101,60 @@ def markdown(table: Mapping[str, Any], *, picture: bool = True) -> str:
     if table["missing"]:
         lines += [f"Not finished yet: {markdown_text('; '.join(table['missing']))}.", ""]
     if picture:
-        lines += ["![Attack success against compliance and utility](figures/pareto.png)", ""]
+        what = "Attack success" if table["attacks"] else "Questions failed in some wording"
+        against = "compliance and utility" if table["attacks"] else "what the model is good for"
+        lines += [f"![{what} against {against}](figures/pareto.png)", ""]
     return "\n".join(lines)
 
 
+def _what_of(table: Mapping[str, Any]) -> str:
+    judge = f"judge: {table['judge']}. "
+    if table["attacks"]:
+        return f"Mean success is over {', '.join(table['mean_over'])}; {judge}"
+    return f"Questions in several wordings; {judge}" if table["wordings"] else ""
+
+
+def _how_to_read(table: Mapping[str, Any]) -> list[str]:
+    there = (
+        (True, HOW_TO_READ),
+        (table["attacks"], OF_ATTACKS),
+        (table["wordings"], OF_WORDINGS),
+        (_searches(table) == list(SEARCH), OF_SEARCH),
+    )
+    return [text for shown, text in there if shown]
+
+
+def _searches(table: Mapping[str, Any]) -> list[str]:
+    """Columns that tell how the search for perturbations went."""
+    return list(SEARCH) if table["verb"].startswith("lap-") else ["boundary"]
+
+
 def _figures_table(table: Mapping[str, Any]) -> str:
-    more = _benchmarks(table)
-    measures = [MEAN, COMPLIANCE, UTILITY, PRODUCT, *table["attacks"], *more]
-    head = ["cell", "seeds", *measures, "boundary", "s a run"]
+    more, searches = _benchmarks(table), _searches(table)
+    measures = [*dict.fromkeys([*headline(table), *worth(table)]), *table["attacks"], *more]
+    head = ["cell", "seeds", *measures, *searches, "s a run"]
     rows = []
     for cell in table["cells"]:
         if cell.get("same_as"):
-            rows.append([cell["name"], f"same as {cell['same_as']}", *([""] * (len(measures) + 2))])
+            rows.append([cell["name"], f"same as {cell['same_as']}", *([""] * (len(head) - 2))])
             continue
         short = (*table["attacks"], *more)
         cells = [_shown(cell["figures"].get(name), interval=name not in short) for name in measures]
-        boundary = _mean([run["boundary_fraction"] for run in cell["runs"]])
+        found = [
+            _mean([_of_search(run, name) for run in cell["runs"]], ".2f" if name == "boundary" else ".3g")
+            for name in searches
+        ]
         seconds = _mean([sum(run["seconds"].values()) for run in cell["runs"]])
-        rows.append([cell["name"], str(len(cell["runs"])), *cells, boundary, seconds and f"{float(seconds):.0f}"])
+        rows.append([cell["name"], str(len(cell["runs"])), *cells, *found, seconds and f"{float(seconds):.0f}"])
     return markdown_rows(head, rows)
 
 
+def _of_search(run: Mapping[str, Any], name: str) -> float | None:
+    return run["boundary_fraction"] if name == "boundary" else run["search"].get(name)
+
+
 def _differences_table(table: Mapping[str, Any]) -> str:
-    measures = [MEAN, COMPLIANCE, UTILITY]
+    measures = list(dict.fromkeys([*headline(table), *(name for name in worth(table) if name != PRODUCT)]))
     rows = [
         [cell["name"], *(_shown(cell["differences"][name], signed=True) for name in measures)]
         for cell in table["cells"]
@@ -134,9 +176,9 @@ def _shown(estimate: Mapping[str, Any] | None, *, interval: bool = True, signed:
     return f"{text} [{ends[0]:{form}}, {ends[1]:{form}}]" if interval and ends is not None else text
 
 
-def _mean(values: Sequence[float | None]) -> str:
+def _mean(values: Sequence[float | None], form: str = ".2f") -> str:
     there = [value for value in values if value is not None]
-    return f"{sum(there) / len(there):.2f}" if there else ""
+    return format(sum(there) / len(there), form) if there else ""
 
 
 def csv_text(table: Mapping[str, Any]) -> str:
@@ -152,18 +194,26 @@ def csv_text(table: Mapping[str, Any]) -> str:
     """
     stream = io.StringIO()
     plain = ("utility", "over_refusal", "boundary_fraction", "updates", "forward_passes")
+    wordings = list(MEASURES) if table["wordings"] else []
+    searches = [name for name in _searches(table) if name in SEARCH]
     writer = csv.writer(stream, lineterminator="\n")
     seconds = ("training", "measuring")
     writer.writerow(
-        ["cell", "same_as", "seed", "settings", *(f"success {name}" for name in table["attacks"]), *plain]
-        + [f"{name} seconds" for name in seconds]
+        [
+            *("cell", "same_as", "seed", "settings"),
+            *(f"success {name}" for name in table["attacks"]),
+            *(*wordings, *plain, *searches),
+            *(f"{name} seconds" for name in seconds),
+        ]
     )
     for cell in table["cells"]:
         for run in cell["runs"]:
             success = [run["success"].get(name) for name in table["attacks"]]
             settings = json.dumps(cell.get("settings", {}))
             own = [cell["name"], cell.get("same_as"), run["seed"], settings]
-            writer.writerow([*own, *success, *(run[name] for name in plain), *(run["seconds"][n] for n in seconds)])
+            found = [run["wordings"].get(name) for name in wordings] + [run[name] for name in plain]
+            found += [run["search"].get(name) for name in searches] + [run["seconds"][name] for name in seconds]
+            writer.writerow([*own, *success, *found])
     return stream.getvalue()
 
 
@@ -178,9 +228,11 @@ def terminal_table(table: Mapping[str, Any]) -> Table:
     Returns:
         `rich.table.Table`.
     """
-    found = Table(title=Text(f"Mean attack success over {', '.join(table['mean_over'])}"), title_justify="left")
+    first, *others = dict.fromkeys([*headline(table), *(name for name in worth(table) if name != PRODUCT)])
+    title = f"Mean attack success over {', '.join(table['mean_over'])}" if table["attacks"] else first.capitalize()
+    found = Table(title=Text(title), title_justify="left")
     found.add_column("cell", overflow="fold")
-    for name in ("seeds", MEAN, "difference", COMPLIANCE, UTILITY):
+    for name in ("seeds", first, "difference", *others):
         found.add_column(name, no_wrap=True)
     for cell in table["cells"]:
         name = cell["name"] + (" (baseline)" if cell["name"] == table["baseline"] else "")
@@ -188,12 +240,12 @@ def terminal_table(table: Mapping[str, Any]) -> Table:
             found.add_row(Text(f"{name}: same as {cell['same_as']}"))
             continue
         figures = cell["figures"]
-        difference = "" if cell["name"] == table["baseline"] else _shown(cell["differences"][MEAN], signed=True)
+        difference = "" if cell["name"] == table["baseline"] else _shown(cell["differences"][first], signed=True)
         found.add_row(
             Text(name),
             str(len(cell["runs"])),
-            *(Text(text) for text in (_shown(figures[MEAN]), difference)),
-            *(Text(_shown(figures[measure], interval=False)) for measure in (COMPLIANCE, UTILITY)),
+            *(Text(text) for text in (_shown(figures[first]), difference)),
+            *(Text(_shown(figures[measure], interval=False)) for measure in others),
         )
     return found
 
