@@ -16,6 +16,7 @@ from ..data import DataError, as_prompt_completion, check_none_lost, is_local, w
 from ..threat.sites import parse_site, resolve_sites
 from ..trainers.lap_arguments import ParaphraseArguments
 from .arguments import Recipe
+from .lengths import fitting_rows
 from .ranges import block_of, check_ranges
 from .rows import SHARES, all_local, evaluates, load_share, named
 
@@ -365,46 +366,6 @@ def _check_lengths(recipe: Recipe, share: str, rows: Dataset, tokenizer: Any) ->
     except DataError as error:
         return [str(error)]
     return []
-
-
-def fitting_rows(rows: Dataset, tokenizer: Any, max_length: int) -> list[int]:
-    """
-    Rows whose prompt leaves room for a completion.
-
-    Args:
-        rows ([`~datasets.Dataset`]):
-            Prompts, and completions or pairs.
-        tokenizer (`PreTrainedTokenizerBase`):
-            The model's.
-        max_length (`int`):
-            Limit in tokens.
-
-    Returns:
-        `list[int]`: their numbers.
-    """
-    answers = [column for column in ("completion", "chosen", "rejected") if column in rows.column_names]
-    return [number for number, row in enumerate(rows) if _fits(row, answers, tokenizer, max_length)]
-
-
-def _fits(row: dict[str, Any], answers: list[str], tokenizer: Any, max_length: int) -> bool:
-    prompt = _tokens(tokenizer, row["prompt"], True)
-    if len(prompt) < max_length:
-        return True
-    # Exactly as TRL: a completion starts where it and the prompt part, which may be before the prompt's end.
-    for column in answers:
-        whole = _tokens(tokenizer, row["prompt"] + row[column], False)
-        shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
-        if shared >= max_length:
-            return False
-    return bool(answers)
-
-
-def _tokens(tokenizer: Any, text: str | list[dict], generation: bool) -> list[int]:
-    if isinstance(text, str):
-        return tokenizer(text)["input_ids"]
-    return tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, add_generation_prompt=generation)[
-        "input_ids"
-    ]
 
 
 def _line(error: Exception) -> str:

@@ -22,9 +22,10 @@ from trl import get_peft_config, get_quantization_config
 from ..cli import fault_of, shows_help
 from ..data import content_hash, prompt_inside, take_prompt_out
 from ..recipes import Recipe, load_recipe, recipe_text, resolved_recipe
-from ..recipes.checking import fitting_rows, has_tokenizer, is_adapter
+from ..recipes.checking import has_tokenizer, is_adapter
 from ..recipes.describe import help_text
 from ..recipes.launching import launch
+from ..recipes.lengths import fitting_rows
 from ..recipes.rows import SHARES, load_share, named
 from ..trainers import LAPDPOTrainer, LAPSFTTrainer, LATDPOTrainer, LATRMUTrainer, LATSFTTrainer
 from .interruption import Interrupted, StopAtSignal

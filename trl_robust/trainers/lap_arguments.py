@@ -17,6 +17,7 @@ from ..inner.lagrangian_settings import (
 )
 from ..threat.positions import SPANS, Positions
 from ..threat.sites import parse_site, resolve_sites
+from .checked_arguments import CheckedArguments
 from .refusals import unsupported_settings
 
 Branch = Literal["mix", "adv_only", "both", "sft_only"]
@@ -58,7 +59,7 @@ def branch_of_p(p: float) -> tuple[Branch, float]:
 
 
 @dataclass
-class ParaphraseArguments:
+class ParaphraseArguments(CheckedArguments):
     r"""
     The inner problem of latent adversarial paraphrasing, and which steps are made under its perturbations.
 
@@ -184,17 +185,7 @@ class ParaphraseArguments:
         default=None, metadata={"help": "Leave the multiplier alone after the first step (preset)."}
     )
 
-    def __post_init__(self) -> None:
-        problems = []
-        if isinstance(self.lap_layers, str | int | float):
-            self.lap_layers = [str(self.lap_layers)]
-        try:
-            super().__post_init__()  # type: ignore[misc]  # TRL's configuration is the next in line
-        except ValueError as error:
-            problems.append(str(error))
-        problems += self.faults()
-        if problems:
-            raise ValueError("\n".join(problems))
+    _lists = ("lap_layers",)
 
     @property
     def branch(self) -> Branch:

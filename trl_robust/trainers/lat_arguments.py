@@ -11,6 +11,7 @@ from ..threat.balls import Ball, Norm
 from ..threat.model import RadiusUnit
 from ..threat.positions import SPANS, Positions
 from ..threat.sites import Stream, parse_site
+from .checked_arguments import CheckedArguments
 from .refusals import MLP_AND_CHECKPOINTING, unsupported_settings
 
 SiteChoice = Literal["all", "random", "gradient"]
@@ -21,7 +22,7 @@ FAITHFUL_WEIGHT_DECAY = 0.01
 
 
 @dataclass
-class AttackArguments:
+class AttackArguments(CheckedArguments):
     r"""
     The attack: the inner problem of latent adversarial training.
 
@@ -175,18 +176,7 @@ class AttackArguments:
     )
     faithful: bool = field(default=False, metadata={"help": "Train as the reference code did, its defects included."})
 
-    def __post_init__(self) -> None:
-        problems = []
-        for name in ("attack_sites", "trained_layers", "trained_modules"):
-            if isinstance(value := getattr(self, name), str | int | float):
-                setattr(self, name, [str(value)])
-        try:
-            super().__post_init__()  # type: ignore[misc]  # TRL's configuration is the next in line
-        except ValueError as error:
-            problems.append(str(error))
-        problems += self.faults()
-        if problems:
-            raise ValueError("\n".join(problems))
+    _lists = ("attack_sites", "trained_layers", "trained_modules")
 
     @property
     def threat(self) -> ThreatModel:
