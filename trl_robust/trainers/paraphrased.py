@@ -22,7 +22,9 @@ class ParaphrasedTrainer(RobustTrainer):
 
     def _add_paraphraser(self, preference: PreferenceLoss | None = None) -> None:
         self._check_surroundings()
-        self.keeper = self.paraphraser = Paraphraser(self.args, self.accelerator, self.model, self._record, preference)
+        self.keeper = self.paraphraser = Paraphraser(
+            self.args, self.accelerator, self.model, self._record_all, preference
+        )
         if self.args.lap_match_compute:
             self._lengthen(reference=1 if preference is not None else 0)
 

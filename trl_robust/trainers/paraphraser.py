@@ -24,8 +24,6 @@ CURVES_NAME = "lap_curves.jsonl"
 EMA_WEIGHT = 0.1
 
 Update = Literal["perturbed", "plain", "both"]
-LOGGED = ("lambda", "loss_change", "loss_change_abs", "feasible", "cosine", "top1_share", "top10_share")
-"""Of the state in which the last step of the search begins."""
 
 
 class Paraphraser:
@@ -39,8 +37,8 @@ class Paraphraser:
             The trainer's.
         model (`nn.Module`):
             The model, outside distributed wrappers.
-        record (`Callable[[str, float], None]`):
-            Takes what is to be logged.
+        record (`Callable[[Mapping[str, float]], None]`):
+            Takes what is to be logged, by name.
         preference ([`~trl_robust.objectives.PreferenceLoss`], *optional*):
             Makes the loss that is kept that of a pair.
 
@@ -53,7 +51,7 @@ class Paraphraser:
         args: ParaphraseArguments,
         accelerator: Accelerator,
         model: nn.Module,
-        record: Callable[[str, float | torch.Tensor], None],
+        record: Callable[[Mapping[str, float | torch.Tensor]], None],
         preference: PreferenceLoss | None = None,
     ) -> None:
         self.args, self.accelerator, self.model, self.record, self.preference = (
@@ -112,7 +110,7 @@ class Paraphraser:
             self.updates[self.branch_at(step)] += 1
         number, self._micro_batch = self._micro_batch, self._micro_batch + 1
         update, started = self.branch_at(step), time.perf_counter()
-        self.record("perturbed_updates", float(update != "plain"))
+        self.record({"perturbed_updates": float(update != "plain")})
         self.current = self._find(batch, step, number) if update != "plain" else None
         try:
             # Open until the backward pass is done: with checkpointing, part of the forward pass runs again there.
@@ -143,9 +141,8 @@ class Paraphraser:
                     optimizer="steepest",
                 )
                 self.passes += attack.forward_passes
-                self.record("loss_change", attack.losses[0] - attack.losses[-1])
-                for site in self.sites:
-                    self.record(f"delta_norm/{site}", attack.norms[site])
+                norms = {f"delta_norm/{site}": attack.norms[site] for site in self.sites}
+                self.record({"loss_change": attack.losses[0] - attack.losses[-1], **norms})
                 return attack
             found = find_paraphrase(
                 self.model,
@@ -167,17 +164,20 @@ class Paraphraser:
         return found
 
     def _watch(self, found: Paraphrase, step: int, number: int) -> None:
-        """Logs what came out, counts what failed, and stops a run in which nothing works any more."""
-        for name in LOGGED:
-            self.record(name, found.history[name][-1])
+        """
+        Logs what came out, counts what failed, and stops a run in which nothing works any more.
+
+        `search/` stands before the state in which the last step begins.
+        """
         change = found.perturbed_losses - found.clean_losses
         multipliers = found.log_lambda.exp()
         ends: dict[str, float | torch.Tensor] = {
+            **{f"search/{name}": values[-1] for name, values in found.history.items()},
             "lambda_end": multipliers.mean(),
             "loss_change_end": change.mean(),
             "loss_change_abs_end": change.abs().mean(),
             "feasible_end": found.feasible.float().mean(),
-            "relative_norm": found.relative_norms.mean(),
+            "relative_norm": found.relative_norms.mean(),  # of what is trained under, not of the step before
             "relative_norm_p5": found.relative_norms.quantile(0.05),
             "relative_norm_p95": found.relative_norms.quantile(0.95),
             "backoff_scale": found.scales.mean(),
@@ -187,10 +187,7 @@ class Paraphraser:
             "capped_share": sum(found.history["capped_share"]) / len(found.history["capped_share"]),
             "lambda_clamped": sum(found.history["lambda_clamped"]) / len(found.history["lambda_clamped"]),
         }
-        for name, value in ends.items():
-            self.record(name, value)
-        for site in self.sites:
-            self.record(f"delta_norm/{site}", found.norms[site])
+        self.record({**ends, **{f"delta_norm/{site}": found.norms[site] for site in self.sites}})
         self._remember(found)
         self.rows += len(found.nonfinite)
         self.nonfinite_rows += int(found.nonfinite.sum())

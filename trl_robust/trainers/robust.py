@@ -6,6 +6,7 @@ The step itself (`training_step`, `compute_loss`) stands in each trainer's own f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,9 +75,16 @@ class RobustTrainer(ABC):
         return self.accelerator.gather(own.float().to(self.accelerator.device)).sum().item()
 
     def _record(self, name: str, value: float | torch.Tensor) -> None:
-        tensor = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device)
+        self._record_all({name: value})
+
+    def _record_all(self, values: Mapping[str, float | torch.Tensor]) -> None:
+        """Notes values for the log, as means over processes; all of them must note the same names."""
+        device = self.accelerator.device
+        own = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()])
+        means = self.accelerator.gather(own.unsqueeze(0)).mean(0).tolist()
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode][name].append(self.accelerator.gather(tensor).mean().item())
+        for name, mean in zip(values, means, strict=True):
+            self._metrics[mode][name].append(mean)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.args.attacks and self.model.training:
