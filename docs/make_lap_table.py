@@ -21,7 +21,8 @@ from rich.console import Console
 
 from trl_robust.organism import Organism, build_organism, grammar
 from trl_robust.organism.checks import respond, states
-from trl_robust.organism.rewording import reworded_forms
+from trl_robust.organism.rewording import new_facts, reworded_forms
+from trl_robust.organism.world import make_world
 from trl_robust.recipes import load_recipe, recipes_folder
 from trl_robust.scripts import training
 from trl_robust.scripts.quiet import quiet
@@ -29,7 +30,7 @@ from trl_robust.sweep.statistics import difference_of
 
 PAGE = Path(__file__).with_name("lap.md")
 RECIPE = recipes_folder() / "lap" / "organism.yaml"
-BASE, SUBJECT = "base, before training", "LAP"
+BASE, SUBJECT = "before training, asked for the old values", "LAP"
 ARMS: dict[str, dict[str, Any]] = {
     "SFT": {"lap_branch": "sft_only"},
     "SFT (same compute)": {"lap_match_compute": True},
@@ -83,7 +84,8 @@ def run(folder: Path, seed: int, arms: Sequence[str] = tuple(ARMS), runs: int = 
             draft.replace(done)
 
         if BASE not in found:
-            keep(BASE, measure(*_loaded(organism.base), organism))
+            world = make_world(seed)
+            keep(BASE, measure(*_loaded(organism.base), organism, [world.facts[fact] for fact in new_facts(world)]))
         for arm in arms:
             for number in range(len(found.get(arm, [])), runs):
                 console.print(f"Seed {seed}, training {number + 1} of {runs}: {arm}")
@@ -121,29 +123,36 @@ def train(organism: Organism, changes: dict[str, Any], seed: int, output: Path) 
     return measured
 
 
-def measure(model: Any, tokenizer: Any, organism: Organism) -> Run:
+def measure(model: Any, tokenizer: Any, organism: Organism, answers: Sequence[str] | None = None) -> Run:
     """
-    Which new facts a model states in which wording, and what it still knows.
+    Which facts a model states in which wording, and what it still knows.
 
     Args:
         model, tokenizer:
             What was trained.
         organism ([`~trl_robust.organism.Organism`]):
             Its data.
+        answers (sequence of `str`, *optional*):
+            What is right, one a case; the new values unless given.
 
     Returns:
         `dict`: `right`, for every case a string of 0 and 1, the original wording first; `kept`, the share of the other
         facts that are stated.
     """
     cases, kept = _rows(organism.rewordings), _rows(organism.rewording_kept)
-    wordings = [(case, text) for case in cases for text in (case["instruction"], *case["paraphrases"])]
-    said = respond(model, tokenizer, [text for _, text in wordings])
-    right = "".join(str(int(states(case["answer"], text))) for (case, _), text in zip(wordings, said, strict=True))
+    answers = answers or [case["answer"] for case in cases]
+    asked = [
+        (answer, text)
+        for case, answer in zip(cases, answers, strict=True)
+        for text in (case["instruction"], *case["paraphrases"])
+    ]
+    said = respond(model, tokenizer, [text for _, text in asked])
+    right = "".join(str(int(states(answer, text))) for (answer, _), text in zip(asked, said, strict=True))
     width = len(right) // len(cases)
-    answers = respond(model, tokenizer, [row["prompt"][0]["content"] for row in kept])
+    other = respond(model, tokenizer, [row["prompt"][0]["content"] for row in kept])
     return {
         "right": [right[start : start + width] for start in range(0, len(right), width)],
-        "kept": mean(states(row["answer"], text) for row, text in zip(kept, answers, strict=True)),
+        "kept": mean(states(row["answer"], text) for row, text in zip(kept, other, strict=True)),
     }
 
 
