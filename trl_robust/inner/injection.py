@@ -260,9 +260,9 @@ class CachedPrefix:
         part = CachedPrefix.__new__(CachedPrefix)
         part.layers, part.last, part.output = self.layers, self.last, self.output
         if isinstance(self.output, tuple):
-            part.output = (self.output[0][rows], *self.output[1:])
+            part.output = (self.output[0][rows.to(self.output[0].device)], *self.output[1:])
         elif self.output is not None:
-            part.output = self.output[rows]
+            part.output = self.output[rows.to(self.output.device)]
         return part
 
     @contextmanager

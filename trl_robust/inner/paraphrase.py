@@ -249,19 +249,20 @@ class _PerturbedRows:
         self.passes += 2 * cost if torch.is_grad_enabled() else cost  # with its backward pass
         with self.prefix.resume_from():
             found = label_logits(*self._inputs(self.term))
-        return self.term.row_losses(found)
+        return self.term.row_losses(found).to(self.selected.device)
 
     def losses_of(self, deltas: Mapping[Site, torch.Tensor], chosen: torch.Tensor) -> torch.Tensor:
         """The loss of some rows under perturbations of these rows, inside the `installed` block of all of them."""
         count, copies = len(self.selected), self.term.copies
         rows = torch.cat([chosen + copy * count for copy in range(copies)])
-        term = self._term_of({key: value[chosen] for key, value in self.batch.items()})
+        own = {key: value for key, value in self.batch.items() if isinstance(value, torch.Tensor)}
+        term = self._term_of({key: value[chosen.to(value.device)] for key, value in own.items()})
         perturbation = Perturbation(dict(deltas), self.selected[chosen])
         prefix = self.prefix.of_rows(rows)
         self.passes += len(rows) * prefix.share_run
         with self.perturbation.disabled(), perturbation.installed(self.model, copies=copies), prefix.resume_from():
             found = label_logits(*self._inputs(term))
-        return term.row_losses(found)
+        return term.row_losses(found).to(self.selected.device)
 
     def _term_of(self, batch: Mapping[str, torch.Tensor]) -> Term:
         if self.preference is None:
@@ -280,7 +281,7 @@ class _PerturbedRows:
         rows, places = real.nonzero(as_tuple=True)
         kept = states.new_zeros(count, width, states.shape[-1])
         kept[rows, rank.to(states.device)[rows, places]] = states.detach()[rows, places]
-        self.hidden[site] = kept
+        self.hidden[site] = kept.to(self.selected.device)  # a model may lie on several devices, a search on one
 
     def rms(self, site: Site) -> torch.Tensor:
         """RMS of a row's hidden states at the perturbed tokens, of shape `(B, 1, 1)`."""
