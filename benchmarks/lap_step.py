@@ -5,9 +5,9 @@
 An update at layer l of L with T inner steps should cost at most 1.25 x (1 + 2T(1 - l/L) + 3) forward passes: the clean
 pass that fills the cache, T passes and T backward passes through the layers above, and the training pass with its
 backward pass to the weights. The unit is a forward pass without gradients over the same batch with the head at the
-labelled positions only. Measured twice: with an epsilon that never binds, and with a third of the change that the free search
-comes to, so that the search has to turn back and rows are shortened at the end. Repeats are interleaved, the first is thrown
-away, medians are given, as ratios.
+labelled positions only. Measured twice: with an epsilon that never binds, and with a third of the change that the free
+search comes to, so that the search has to turn back and rows are shortened at the end. Repeats are interleaved, the
+first is thrown away, medians are given, as ratios.
 """
 
 from __future__ import annotations
