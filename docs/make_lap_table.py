@@ -42,7 +42,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "LAP, multiplier fixed": {"lap_alpha": 0},
     SUBJECT: {},
 }
-RUNS = 3
+RUNS = 2
 TUNED_ON = 0
 """The seed that settings were chosen on; the others were run once, with what was chosen."""
 WATCHED = (
@@ -67,7 +67,7 @@ def run(folder: Path, seed: int, arms: Sequence[str] = tuple(ARMS), runs: int = 
             Seed of the world and of its base model.
         arms (sequence of `str`, *optional*):
             Only these.
-        runs (`int`, *optional*, defaults to `3`):
+        runs (`int`, *optional*, defaults to `2`):
             Trainings of every arm, with the training seeds 0, 1, ...
 
     Returns:
@@ -252,8 +252,8 @@ def _differences(seeds: dict[int, Found], arms: Sequence[str]) -> list[str]:
     pairs = [(SUBJECT, arm) for arm in arms if arm not in (BASE, SUBJECT)]
     pairs += [("random perturbation", "SFT")] if "random perturbation" in arms else []
     lines = [
-        "One training minus another, by seed and over all; above 0 the first is better. In brackets 95 % intervals of a "
-        "paired bootstrap, by seed over cases, over all over seeds and cases:",
+        "One training minus another, by seed and over all; above 0 the first is better. In brackets 95 % intervals of "
+        "a paired bootstrap, by seed over cases, over all over seeds and cases:",
         "",
         "| first | second | measure | "
         + " | ".join(f"seed {seed}" for seed in seeds)

@@ -13,12 +13,17 @@ from tiny import WORDS, make_tokenizer, tiny_model
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from trl_robust.cli import exit_code
+from trl_robust.data import load_rows
 from trl_robust.evaluation import prompt_robustness, prompt_suite, sampling
+from trl_robust.evaluation.alpaca import read_outputs
+from trl_robust.evaluation.preference_judges import ExactJudge
+from trl_robust.evaluation.wordings import cases_of
 from trl_robust.report import write_report
 from trl_robust.report.prompts import write_prompts_report
 from trl_robust.scripts import evaluate as script
 
-REAL = Path("/work/shared/data/robust_alpaca_eval/RobustAlpacaEval.jsonl")
+# Beside the repository, never in it: the file has no licence.
+REAL = Path(__file__).parents[3] / "shared" / "data" / "robust_alpaca_eval" / "RobustAlpacaEval.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +144,6 @@ class TestResume:
         words = ["--model", models[0], "--data", data, "--judge", "exact", "--output_dir", tmp_path / "out"]
         monkeypatch.setattr(prompt_suite, "JUDGED_AT_ONCE", 6)
         seen = []
-        judge = prompt_suite.ModelRun.score
-        from trl_robust.evaluation.preference_judges import ExactJudge
-
         whole = ExactJudge.judge
 
         def counted(self, answers):
@@ -152,7 +154,7 @@ class TestResume:
             return whole(self, answers)
 
         monkeypatch.setattr(ExactJudge, "judge", counted)
-        assert judge is prompt_suite.ModelRun.score and evaluate(*words) == 130
+        assert evaluate(*words) == 130
         assert evaluate(*words) == 0
         assert len(seen) == 21  # 20 answers, each once
         assert results(tmp_path / "out")["models"][0]["prompts"]["counts"]["n_scored"] == 20
@@ -272,9 +274,6 @@ def test_csv_and_json_and_parquet_and_folders_are_read(models, data, tmp_path):
     Dataset.from_list(ROWS).to_parquet(tmp_path / "cases.parquet")
     (tmp_path / "cases.json").write_text(json.dumps(ROWS))
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
-    from trl_robust.data import load_rows
-    from trl_robust.evaluation.wordings import cases_of
-
     expected = cases_of(load_rows(str(data)), "data")
     assert len(expected[0].wordings) == 4
     for name in ("cases.csv", "cases.parquet", "cases.json", "saved"):
@@ -349,10 +348,6 @@ def test_models_that_are_not_there_are_named_at_once_and_results_are_not_written
 
 
 def test_references_are_found_by_the_instruction(models, tmp_path):
-    from trl_robust.data import load_rows
-    from trl_robust.evaluation.alpaca import read_outputs
-    from trl_robust.evaluation.wordings import cases_of
-
     data = write(tmp_path / "cases.jsonl", [{"instruction": WORDS[0], "paraphrases": ["w2"]}])
     (tmp_path / "base.json").write_text(json.dumps([{"instruction": WORDS[0], "output": "w9", "generator": "base"}]))
     (case,) = cases_of(load_rows(str(data)), "data", read_outputs(tmp_path / "base.json"))

@@ -105,6 +105,11 @@ class TestSampling:
         assert self.drawn(tokenizer, 7, Sampling(seed=1)) != alone
         assert len(set(alone.values())) > 1
 
+    def test_one_prompt_asked_several_times_gets_several_answers(self, tokenizer):
+        # What the same-prompt null lives on.
+        requests = [Request(f"case/0/{sample}", "w1 w2") for sample in range(6)]
+        assert len(set(self.drawn(tokenizer, 3, Sampling(), requests).values())) > 3
+
     def test_the_nucleus_has_the_right_shares(self):
         logits = torch.tensor([0.3, 0.05, 0.5, 0.15]).log()
         uniforms = ((torch.arange(20_000) + 0.5) / 20_000)[:, None]

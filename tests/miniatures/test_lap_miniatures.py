@@ -66,9 +66,9 @@ class TestTables:
             for seed in (0, 1)
         }
         text = study.table(seeds)
-        (row,) = [line for line in text.splitlines() if line.startswith("| SFT | worst of 34")]
-        cells = [cell.strip() for cell in row.strip("|").split("|")[2:]]
-        assert [cell.split()[0] for cell in cells] == ["+0.50", "+0.50", "+0.50"]
+        (row,) = [line for line in text.splitlines() if line.startswith("| LAP | SFT | worst of 34")]
+        cells = [cell.strip() for cell in row.strip("|").split("|")[3:]]
+        assert [cell.split()[0] for cell in cells] == ["+0.50"] * 4  # two seeds, all, all but the one tuned on
         low, high = (float(part) for part in cells[0].split("(")[1].rstrip(")").split(","))
         assert 0 < low < 0.5 < high < 1
         assert "| LAP | 1.00 (1.00-1.00) |" in text and "| 200 | 2.5 |" in text
@@ -98,3 +98,49 @@ class TestTables:
         assert found["SFT"][0]["right"] == [wrong_at(1)]
         assert study.run(tmp_path, 0, ["SFT", study.SUBJECT], runs=2) == found
         assert len(asked) == 3
+
+
+SEEDS = (0, 1, 2, 3, 4)
+UNCONSTRAINED = "norm growth alone"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One training of some arms on a seed, run once a session."""
+    folder, done = tmp_path_factory.mktemp("lap"), {}
+
+    def of(seed: int):
+        if seed not in done:
+            done[seed] = study.run(folder, seed, ["SFT", UNCONSTRAINED, study.SUBJECT], runs=1)
+        return {arm: runs[0] for arm, runs in done[seed].items()}
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_new_facts_are_learned_in_the_wording_they_are_told_in_and_the_others_stay(trained, seed):
+    for arm in ("SFT", study.SUBJECT):
+        found = study.measures(trained(seed)[arm])
+        assert found["told wording"] >= 0.97
+        assert found["other facts"] >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_training_leaves_a_gap_between_the_told_wording_and_the_worst_that_was_not_there_before(trained, seed):
+    found = trained(seed)
+    assert study.measures(found["SFT"])["worst of 34"] < study.measures(found[study.BASE])["worst of 34"] - 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_constraint_binds_and_is_kept(trained, seed):
+    found = trained(seed)
+    search, free = found[study.SUBJECT]["search"], found[UNCONSTRAINED]["search"]
+    assert min(search["feasible_end"]) == 1.0
+    assert max(search["loss_change_abs_end"]) < 0.005  # the recipe's epsilon
+    assert min(free["loss_change_abs_end"]) > 0.05  # the same steps without it
+    assert search["lambda_end"][0] > 2 * 30  # raised, from where it begins
+    assert search["backoff_scale"][0] < 0.8
+    assert min(search["relative_norm"]) > 1.0

@@ -75,5 +75,5 @@ def test_the_last_user_turn_needs_its_span():
 
 
 def test_unknown_positions_are_refused_with_the_choices():
-    with pytest.raises(ValueError, match=r"choose one of \['prompt', 'completion', 'all', 'last_user'\]"):
+    with pytest.raises(ValueError, match=r"choose one of \['prompt', 'completion', 'all', 'last_user', 'all_user'\]"):
         selected_tokens(batch(), "prompts")
