@@ -29,7 +29,13 @@ SECONDS = 240  # of patience with a slow machine, not a measure
 
 def start(path) -> subprocess.Popen:
     command = [sys.executable, "-m", "trl_robust", "sweep", "--config", str(path), "--jobs", "1"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # Tests in the background of a shell ignore the interrupt, and what they start would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for(condition) -> None:
