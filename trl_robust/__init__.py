@@ -26,6 +26,9 @@ _WHERE = {
     "LATRMUTrainer": "trainers",
     "LATSFTConfig": "trainers",
     "LATSFTTrainer": "trainers",
+    "SEALConfig": "trainers",
+    "SEALTrainer": "trainers",
+    "Selector": "selection",
 }
 
 __all__ = [
@@ -39,6 +42,9 @@ __all__ = [
     "LATRMUTrainer",
     "LATSFTConfig",
     "LATSFTTrainer",
+    "SEALConfig",
+    "SEALTrainer",
+    "Selector",
     "ThreatModel",
     "__version__",
     "find_paraphrase",
@@ -47,6 +53,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .inner import find_paraphrase, find_perturbation
+    from .selection import Selector
     from .threat import ThreatModel
     from .trainers import (
         LAPDPOConfig,
@@ -59,6 +66,8 @@ if TYPE_CHECKING:
         LATRMUTrainer,
         LATSFTConfig,
         LATSFTTrainer,
+        SEALConfig,
+        SEALTrainer,
     )
 
 

@@ -3,6 +3,7 @@
 from .collator import LATDataCollator, PreferenceCollator
 from .corpora import generic_label_rows, is_corpus_pairs, is_generic_labels, pair_corpora
 from .errors import DataError
+from .hashing import add_row_hashes, check_row_weights, row_hash, row_hashes
 from .loading import as_conversation, content_hash, is_local, load_rows, where_looked
 from .preference import (
     add_user_spans,
@@ -19,10 +20,12 @@ __all__ = [
     "DataError",
     "LATDataCollator",
     "PreferenceCollator",
+    "add_row_hashes",
     "add_user_spans",
     "as_conversation",
     "as_prompt_completion",
     "check_none_lost",
+    "check_row_weights",
     "content_hash",
     "generic_label_rows",
     "is_corpus_pairs",
@@ -33,6 +36,8 @@ __all__ = [
     "load_rows",
     "pair_corpora",
     "prompt_inside",
+    "row_hash",
+    "row_hashes",
     "take_prompt_out",
     "user_spans",
     "where_looked",

@@ -15,6 +15,8 @@ from .lat_rmu import LATRMUTrainer  # noqa: E402
 from .lat_rmu_config import LATRMUConfig  # noqa: E402
 from .lat_sft import LATSFTTrainer  # noqa: E402
 from .lat_sft_config import LATSFTConfig  # noqa: E402
+from .seal import SEALTrainer  # noqa: E402
+from .seal_config import SEALConfig  # noqa: E402
 
 __all__ = [
     "LAPDPOConfig",
@@ -27,5 +29,7 @@ __all__ = [
     "LATRMUTrainer",
     "LATSFTConfig",
     "LATSFTTrainer",
+    "SEALConfig",
+    "SEALTrainer",
     "branch_of_p",
 ]

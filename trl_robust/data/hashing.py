@@ -1,0 +1,141 @@
+"""Rows that are known by what they say: ids that survive any preparation, order and copy of a dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import unicodedata
+from typing import Any
+
+from datasets import Dataset
+
+from .cells import rows_named
+from .errors import DataError
+from .preference import prompt_inside, take_prompt_out
+
+ROW_HASH = "row_hash"
+"""Column with the hash of every row, where there is one."""
+WEIGHT = "weight"
+"""Column with the weight of every row's loss, where there is one."""
+CONTENTS = ("prompt", "completion", "chosen", "rejected", "messages", "text")
+"""Columns that count; all others may differ."""
+
+
+def row_hash(row: dict[str, Any]) -> str:
+    """
+    Hash of what a row says, whatever else stands beside it.
+
+    Plain text counts as a message (`prompt` as the user's, the completions as the assistant's), so that a row has one
+    hash in both forms. Texts are compared in Unicode's normal form C, with line ends as `\\n` and without white space
+    around them.
+
+    Args:
+        row (`dict`):
+            A row with some of the columns `prompt`, `completion`, `chosen`, `rejected`, `messages` and `text`.
+
+    Returns:
+        `str`: SHA-256, hexadecimal.
+
+    Example:
+
+    ```python
+    >>> plain = row_hash({"prompt": "Hi", "completion": "Hello"})
+    >>> plain == row_hash({"prompt": [{"role": "user", "content": "Hi "}], "completion": "Hello", "source": "x"})
+    True
+    ```
+    """
+    said = {column: _messages(row[column], column) for column in CONTENTS if row.get(column) is not None}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False).encode("utf-8")).hexdigest()
+
+
+def _messages(value: Any, column: str) -> list[list[str]] | str:
+    if isinstance(value, str):
+        if column == "text":
+            return _normal(value)
+        return [["user" if column == "prompt" else "assistant", _normal(value)]]
+    return [[str(turn["role"]), _content(turn.get("content"))] for turn in value]
+
+
+def _content(content: Any) -> str:
+    # What is no text (images, tool calls) is compared as it is written.
+    return _normal(content if isinstance(content, str) else json.dumps(content, sort_keys=True, default=str))
+
+
+def _normal(text: str) -> str:
+    return unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def row_hashes(dataset: Dataset) -> list[str]:
+    """
+    Hashes of all rows of a dataset: its column `row_hash`, or computed.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Prompt-completion, preference or language-modelling data.
+
+    Returns:
+        `list[str]`: see [`row_hash`].
+
+    Raises:
+        [`DataError`]: no column that says anything.
+    """
+    if ROW_HASH in dataset.column_names:
+        return list(dataset[ROW_HASH])
+    if prompt_inside(dataset):
+        dataset = take_prompt_out(dataset, "training")
+    elif {"completion", "rejected"} <= set(dataset.column_names):
+        # As the trainers have pairs after checking them.
+        dataset = dataset.rename_column("completion", "chosen")
+    columns = [column for column in CONTENTS if column in dataset.column_names]
+    if not columns:
+        raise DataError(
+            f"The dataset has the columns {dataset.column_names}; rows are known by `prompt` and `completion` (or "
+            "`chosen` and `rejected`, `messages`, `text`). Rename its columns."
+        )
+    return [row_hash(row) for row in dataset.select_columns(columns)]
+
+
+def add_row_hashes(dataset: Dataset) -> Dataset:
+    """
+    Adds the column `row_hash`, which stays with a row through tokenisation, filtering, truncation and shuffling.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            As for [`row_hashes`].
+
+    Returns:
+        [`~datasets.Dataset`].
+    """
+    hashes = row_hashes(dataset)
+    return dataset if ROW_HASH in dataset.column_names else dataset.add_column(ROW_HASH, hashes)
+
+
+def check_row_weights(dataset: Dataset, name: str) -> None:
+    """
+    Refuses a column `weight` that cannot weigh.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows, with or without such a column.
+        name (`str`):
+            What messages call the dataset.
+
+    Raises:
+        [`DataError`]: naming the rows whose weight is no number, not finite or below 0; or all weights are 0.
+    """
+    if WEIGHT not in dataset.column_names:
+        return
+    weights = dataset[WEIGHT][:]
+    wrong = [
+        number
+        for number, weight in enumerate(weights)
+        if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0
+    ]
+    if wrong:
+        raise DataError(
+            f"The {name} dataset has a column `{WEIGHT}`, and it is no number of at least 0 in {rows_named(wrong)}. "
+            "(A negative weight would train on a row by gradient ascent.) Correct these rows, or rename the column."
+        )
+    if not any(weights):
+        raise DataError(f"The {name} dataset has a `{WEIGHT}` of 0 in every row; nothing would be trained.")
