@@ -3,7 +3,7 @@
 from .collator import LATDataCollator, PreferenceCollator
 from .corpora import generic_label_rows, is_corpus_pairs, is_generic_labels, pair_corpora
 from .errors import DataError
-from .hashing import add_row_hashes, check_row_weights, row_hash, row_hashes
+from .hashing import add_row_hashes, row_hash, row_hashes
 from .loading import as_conversation, content_hash, is_local, load_rows, where_looked
 from .preference import (
     add_user_spans,
@@ -15,6 +15,7 @@ from .preference import (
     take_prompt_out,
     user_spans,
 )
+from .row_weights import check_row_weights
 
 __all__ = [
     "DataError",

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .row_weights import WEIGHT
+
 
 @dataclass
 class LATDataCollator:
@@ -20,7 +22,8 @@ class LATDataCollator:
     Returns:
         On a call, a batch with `input_ids`, `attention_mask`, `labels` of the wanted completions; where the rows have
         them, the same keys with `away_` in front for the rejected completions, `benign` (a batch of its own),
-        `last_user_span` of shape `(B, 2)`, `user_spans` of shape `(B, K, 2)` and `topic` (a list).
+        `last_user_span` of shape `(B, 2)`, `user_spans` of shape `(B, K, 2)`, `weight` of shape `(B,)` and `topic` (a
+        list).
     """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -33,6 +36,8 @@ class LATDataCollator:
         if "benign_input_ids" in rows[0]:
             batch["benign"] = self.collator(_benign_rows(rows))
         batch.update(_spans(rows))
+        if WEIGHT in rows[0]:
+            batch[WEIGHT] = torch.tensor([row[WEIGHT] for row in rows], dtype=torch.float32)
         if "topic" in rows[0]:
             batch["topic"] = [row["topic"] for row in rows]
         return batch

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import unicodedata
 from typing import Any
 
 from datasets import Dataset
 
-from .cells import rows_named
 from .errors import DataError
 from .preference import prompt_inside, take_prompt_out
 
 ROW_HASH = "row_hash"
 """Column with the hash of every row, where there is one."""
-WEIGHT = "weight"
-"""Column with the weight of every row's loss, where there is one."""
 CONTENTS = ("prompt", "completion", "chosen", "rejected", "messages", "text")
 """Columns that count; all others may differ."""
 
@@ -109,33 +105,3 @@ def add_row_hashes(dataset: Dataset) -> Dataset:
     """
     hashes = row_hashes(dataset)
     return dataset if ROW_HASH in dataset.column_names else dataset.add_column(ROW_HASH, hashes)
-
-
-def check_row_weights(dataset: Dataset, name: str) -> None:
-    """
-    Refuses a column `weight` that cannot weigh.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows, with or without such a column.
-        name (`str`):
-            What messages call the dataset.
-
-    Raises:
-        [`DataError`]: naming the rows whose weight is no number, not finite or below 0; or all weights are 0.
-    """
-    if WEIGHT not in dataset.column_names:
-        return
-    weights = dataset[WEIGHT][:]
-    wrong = [
-        number
-        for number, weight in enumerate(weights)
-        if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0
-    ]
-    if wrong:
-        raise DataError(
-            f"The {name} dataset has a column `{WEIGHT}`, and it is no number of at least 0 in {rows_named(wrong)}. "
-            "(A negative weight would train on a row by gradient ascent.) Correct these rows, or rename the column."
-        )
-    if not any(weights):
-        raise DataError(f"The {name} dataset has a `{WEIGHT}` of 0 in every row; nothing would be trained.")

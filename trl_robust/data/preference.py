@@ -13,6 +13,7 @@ from ..threat.positions import SPANS
 from .cells import check_cells, check_full, rows_named
 from .corpora import check_generic_labels, is_corpus_pairs, is_generic_labels
 from .errors import DataError
+from .row_weights import check_row_weights
 
 COLUMNS = ("prompt", "completion", "chosen", "rejected")
 
@@ -158,6 +159,7 @@ def _check_values(dataset: Dataset, name: str) -> None:
     check_cells(dataset, name, COLUMNS)
     for column in ("text", "messages"):
         check_cells(dataset, name, (column,))
+    check_row_weights(dataset, name)
     check_full(dataset, name)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..recipes import Recipe
-from ..recipes.checking import is_adapter
+from ..recipes.shares import is_adapter
 from ..threat.sites import base_model, resolve_sites
 from .lengths import Rows
 from .passes import Pass, prefix_of

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config
 
 from ..recipes import Recipe, RecipeError
-from ..recipes.checking import is_adapter
+from ..recipes.shares import is_adapter
 from ..threat.sites import MLP_NAMES, base_model, decoder_layers
 from ..trainers.attacked import train_only
 from ..trainers.lat_rmu import freeze_above

@@ -11,7 +11,7 @@ from datasets import Dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
-from ..trainers import LAPDPOConfig, LAPSFTConfig, LATDPOConfig, LATRMUConfig, LATSFTConfig
+from ..trainers import LAPDPOConfig, LAPSFTConfig, LATDPOConfig, LATRMUConfig, LATSFTConfig, SEALConfig
 
 VERBS: dict[str, Any] = {
     "lat-sft": LATSFTConfig,
@@ -19,6 +19,7 @@ VERBS: dict[str, Any] = {
     "lat-rmu": LATRMUConfig,
     "lap-sft": LAPSFTConfig,
     "lap-dpo": LAPDPOConfig,
+    "seal": SEALConfig,
 }
 """Training verbs, and the class of their settings."""
 
@@ -44,7 +45,7 @@ class RecipeError(ValueError):
 @dataclass
 class BenignArguments:
     """
-    Data on which the model is to stay as it is, and how plain rows meet the model's chat template.
+    Data beside the training data, and how plain rows meet the model's chat template.
 
     Parameters:
         benign_dataset_name (`str`, *optional*):
@@ -62,6 +63,14 @@ class BenignArguments:
             Its configuration, where it has several.
         retain_dataset_split (`str`, *optional*, defaults to `"train"`):
             Its split.
+        safe_dataset_name (`str`, *optional*):
+            For seal: path or hub id of the rows that the model must serve (`prompt` and `completion`, or pairs).
+        safe_dataset_config (`str`, *optional*):
+            Its configuration, where it has several.
+        safe_dataset_split (`str`, *optional*, defaults to `"train"`):
+            Its split.
+        safe_datasets (`list[DatasetConfig]`, *optional*):
+            Several such datasets, written as TRL's `datasets:`. In place of `safe_dataset_name`.
         chat_format (`bool`, *optional*, defaults to `False`):
             Whether plain prompts and completions become user and assistant messages, so that the model's chat
             template is applied. Conversational rows are left as they are.
@@ -89,6 +98,16 @@ class BenignArguments:
         default=None, metadata={"help": "Configuration of the corpus to retain, where it has several."}
     )
     retain_dataset_split: str = field(default="train", metadata={"help": "Split of the corpus to retain."})
+    safe_dataset_name: str | None = field(
+        default=None, metadata={"help": "seal: path or hub id of the rows that the model must serve."}
+    )
+    safe_dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the safe dataset, where it has several."}
+    )
+    safe_dataset_split: str = field(default="train", metadata={"help": "Split of the safe dataset."})
+    safe_datasets: list[DatasetConfig] = field(
+        default_factory=list, metadata={"help": "Several safe datasets, written as `datasets:`."}
+    )
     chat_format: bool = field(
         default=False, metadata={"help": "Make user and assistant messages of plain prompts and completions."}
     )
@@ -131,7 +150,7 @@ class Recipe:
         notes (`list[str]`):
             What could not be checked, and settings that have no effect.
         loaded (`dict`):
-            Datasets that are loaded already, by `train`, `evaluation`, `benign`, `retain`.
+            Datasets that are loaded already, by `train`, `evaluation`, `benign`, `retain`, `safe`.
     """
 
     verb: str

@@ -12,13 +12,19 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoConfig, AutoTokenizer
 from trl import is_conversational
 
-from ..data import DataError, as_prompt_completion, check_none_lost, is_local, where_looked
+from ..data import (
+    DataError,
+    as_prompt_completion,
+    check_none_lost,
+    is_local,
+    where_looked,
+)
 from ..threat.sites import parse_site, resolve_sites
-from ..trainers.lap_arguments import ParaphraseArguments
 from .arguments import Recipe
 from .lengths import fitting_rows
 from .ranges import block_of, check_ranges
 from .rows import SHARES, all_local, evaluates, load_share, named
+from .shares import check_shares, is_adapter, is_lap
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -68,8 +74,9 @@ def _check_combinations(recipe: Recipe, faulty: set[str]) -> list[str]:
         faults.append("`dataset_name` is missing: give a file, a folder or a hub id (or several in `datasets`).")
     if script.dataset_name is not None and mixture.datasets:
         faults.append("`dataset_name` and `datasets` are both given. Keep one.")
-    if benign.benign_dataset_name is not None and benign.benign_datasets:
-        faults.append("`benign_dataset_name` and `benign_datasets` are both given. Keep one.")
+    for share in ("benign", "safe"):
+        if getattr(benign, f"{share}_dataset_name") is not None and getattr(benign, f"{share}_datasets"):
+            faults.append(f"`{share}_dataset_name` and `{share}_datasets` are both given. Keep one.")
     for name, streams in (("dataset_streaming", script.dataset_streaming), ("streaming", mixture.streaming)):
         if streams:
             faults.append(f"`{name}: true` cannot be: benign rows are joined to the others by number. Remove it.")
@@ -89,56 +96,7 @@ def _check_combinations(recipe: Recipe, faulty: set[str]) -> list[str]:
             f"`dataset_text_field` is {training.dataset_text_field}; only `text` is read. Rename the column to "
             "`text`, and remove the key."
         )
-    return faults + _check_shares(recipe)
-
-
-def is_lap(recipe: Recipe) -> bool:
-    """
-    Whether a recipe is for latent adversarial paraphrasing.
-
-    Args:
-        recipe ([`Recipe`]):
-            Settings.
-
-    Returns:
-        `bool`.
-    """
-    return isinstance(recipe.training, ParaphraseArguments)
-
-
-def _check_shares(recipe: Recipe) -> list[str]:
-    """Datasets that a verb does not take, and settings whose dataset is missing."""
-    training, faults = recipe.training, []
-    has_benign = bool(named(recipe, "benign"))
-    if is_lap(recipe):
-        return [
-            f"{recipe.verb} takes no {share} dataset: it has no term for one. Remove `{key}`, or mix its rows into "
-            "the training data with `datasets`."
-            for share in ("benign", "retain")
-            for key, _ in named(recipe, share)[:1]
-        ]
-    if recipe.verb == "lat-rmu":
-        if has_benign:
-            faults.append(
-                "lat-rmu takes no benign dataset: what is to stay as it is stands in `retain_dataset_name`. Rename it."
-            )
-        return faults
-    if recipe.verb == "lat-dpo" and named(recipe, "retain"):
-        faults.append("`retain_dataset_name` belongs to lat-sft and lat-rmu. Remove it.")
-    if training.kl_coef and not has_benign:
-        faults.append(
-            f"`kl_coef` is {training.kl_coef}: it weighs a divergence on benign data, and no benign dataset is given. "
-            "Give `benign_dataset_name`, or set `kl_coef: 0`."
-        )
-    ablates = training.attacks and training.attack_objective == "refusal_direction"
-    if ablates and not has_benign:
-        faults.append(
-            "`attack_objective: refusal_direction` tells harmful prompts from harmless ones, and no benign dataset is "
-            "given. Give `benign_dataset_name`."
-        )
-    if has_benign and not training.sft_coef and not training.kl_coef and not ablates:
-        recipe.notes.append("The benign dataset has no effect: `sft_coef` and `kl_coef` are both 0.")
-    return faults
+    return faults + check_shares(recipe)
 
 
 def _check_quantization(recipe: Recipe) -> list[str]:
@@ -173,20 +131,6 @@ def _check_model(recipe: Recipe, faulty: set[str]) -> tuple[list[str], Any]:
     if not (folder / "config.json").is_file():
         return [f"`model_name_or_path` is {name}: the folder has no config.json, so no model is in it."], None
     return _check_model_files(recipe, folder, folder, faulty)
-
-
-def is_adapter(folder: Path) -> bool:
-    """
-    Whether a folder holds an adapter, to be trained further, rather than a model.
-
-    Args:
-        folder (`Path`):
-            Value of `model_name_or_path`.
-
-    Returns:
-        `bool`.
-    """
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -325,7 +269,7 @@ def _check_share(recipe: Recipe, share: str, tokenizer: Any) -> list[str]:
 def _needs_rejected(recipe: Recipe) -> bool:
     """As the settings say; a radius or a number of steps below zero, a fault of its own, still means an attack."""
     training = recipe.training
-    if is_lap(recipe):
+    if is_lap(recipe) or recipe.verb == "seal":
         return False
     searches = training.attack_radius < 0 or training.attack_steps < 0
     return training.needs_rejected or (searches and training.attack_objective in ("targeted", "swapped"))

@@ -6,10 +6,10 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from trl.scripts.utils import DatasetConfig
 
-from ..data import DataError, as_conversation, is_local, load_rows, pair_corpora
+from ..data import DataError, add_row_hashes, as_conversation, is_local, load_rows, pair_corpora
 from .arguments import Recipe
 
-SHARES = ("train", "evaluation", "benign", "retain")
+SHARES = ("train", "evaluation", "benign", "retain", "safe")
 
 
 def named(recipe: Recipe, share: str) -> list[tuple[str, DatasetConfig]]:
@@ -20,7 +20,7 @@ def named(recipe: Recipe, share: str) -> list[tuple[str, DatasetConfig]]:
         recipe ([`Recipe`]):
             Settings.
         share (`str`):
-            `train`, `evaluation`, `benign` or `retain`.
+            One of `SHARES`.
 
     Returns:
         `list`: the key that names a dataset, and where it is; empty if the recipe names none.
@@ -33,6 +33,13 @@ def named(recipe: Recipe, share: str) -> list[tuple[str, DatasetConfig]]:
             return []
         name, config, split = benign.benign_dataset_name, benign.benign_dataset_config, benign.benign_dataset_split
         return [("benign_dataset_name", DatasetConfig(name, config, split=split))]
+    if share == "safe":
+        if benign.safe_datasets:
+            return [("safe_datasets", _config(entry)) for entry in benign.safe_datasets]
+        if benign.safe_dataset_name is None:
+            return []
+        name, config, split = benign.safe_dataset_name, benign.safe_dataset_config, benign.safe_dataset_split
+        return [("safe_dataset_name", DatasetConfig(name, config, split=split))]
     if share == "retain":
         if benign.retain_dataset_name is None:
             return []
@@ -99,6 +106,26 @@ def load_one(source: DatasetConfig) -> Dataset:
     return rows.select_columns(source.columns)
 
 
+def load_named(recipe: Recipe, share: str) -> Dataset | None:
+    """
+    Loads a share of a recipe's data as it is named: before any row becomes a conversation or is set aside.
+
+    Args:
+        recipe ([`Recipe`]):
+            Settings.
+        share (`str`):
+            One of `SHARES`.
+
+    Returns:
+        [`~datasets.Dataset`]; `None` if the recipe names none.
+
+    Raises:
+        [`DataError`]: it cannot be loaded.
+    """
+    sources = named(recipe, share)
+    return _mixed([(source, load_one(source)) for _, source in sources]) if sources else None
+
+
 def load_share(recipe: Recipe, share: str) -> Dataset | None:
     """
     Loads a share of a recipe's data, once.
@@ -107,7 +134,7 @@ def load_share(recipe: Recipe, share: str) -> Dataset | None:
         recipe ([`Recipe`]):
             Settings; what is loaded is kept in `recipe.loaded`.
         share (`str`):
-            `train`, `evaluation`, `benign` or `retain`.
+            One of `SHARES`.
 
     Returns:
         [`~datasets.Dataset`], in conversational form if the recipe asks for it; `None` if the recipe names none.
@@ -115,8 +142,9 @@ def load_share(recipe: Recipe, share: str) -> Dataset | None:
     Raises:
         [`DataError`]: it cannot be loaded.
     """
-    if share not in recipe.loaded and (sources := named(recipe, share)):
-        rows = _mixed([(source, load_one(source)) for _, source in sources])
+    if share not in recipe.loaded and (rows := load_named(recipe, share)) is not None:
+        if recipe.verb == "seal" and share == "train":
+            rows = add_row_hashes(rows)  # of the rows as they are named, before they become conversations
         if recipe.benign.chat_format or recipe.benign.system_prompt is not None:
             _check_system_prompt(recipe, rows)
             rows = as_conversation(rows, recipe.benign.system_prompt, name=share)
@@ -186,7 +214,7 @@ def all_local(recipe: Recipe, share: str) -> bool:
         recipe ([`Recipe`]):
             Settings.
         share (`str`):
-            `train`, `evaluation`, `benign` or `retain`.
+            One of `SHARES`.
 
     Returns:
         `bool`.

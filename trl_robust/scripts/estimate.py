@@ -12,9 +12,9 @@ from trl import get_peft_config
 from ..cli import exit_code, shows_help
 from ..estimate import CARDS, Card, blueprint_of, card_named, describe, estimate, find_config, find_rows
 from ..recipes import Recipe, RecipeError, load_recipe, verb_of
-from ..recipes.checking import is_adapter
 from ..recipes.loading import DEFAULT_VERB, fit_word, shown
 from ..recipes.reading import split_command_line, without
+from ..recipes.shares import is_adapter
 from ..recipes.values import UnfitError, fit, nearest
 
 OPTIONS: dict[str, tuple[type, str]] = {

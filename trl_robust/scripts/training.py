@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from trl import get_peft_config, get_quantization_config
 from ..cli import fault_of, shows_help
 from ..data import content_hash, prompt_inside, take_prompt_out
 from ..recipes import Recipe, load_recipe, recipe_text, resolved_recipe
-from ..recipes.checking import has_tokenizer, is_adapter
+from ..recipes.checking import has_tokenizer
 from ..recipes.describe import help_text
 from ..recipes.launching import launch
 from ..recipes.lengths import fitting_rows
 from ..recipes.rows import SHARES, load_share, named
-from ..trainers import LAPDPOTrainer, LAPSFTTrainer, LATDPOTrainer, LATRMUTrainer, LATSFTTrainer
+from ..recipes.shares import is_adapter
+from ..trainers import LAPDPOTrainer, LAPSFTTrainer, LATDPOTrainer, LATRMUTrainer, LATSFTTrainer, SEALTrainer
 from .interruption import Interrupted, StopAtSignal
 from .run_folder import RECIPE, RUN, checkpoint_to_resume, hardware, versions, write_json
 
@@ -37,11 +39,12 @@ TRAINERS: dict[str, Any] = {
     "lat-rmu": LATRMUTrainer,
     "lap-sft": LAPSFTTrainer,
     "lap-dpo": LAPDPOTrainer,
+    "seal": SEALTrainer,
 }
 """Training verbs, and their trainers."""
 
 
-def main(verb: str, argv: list[str], *, launched: bool = False) -> int:
+def main(verb: str, argv: list[str], *, launched: bool = False, execute: Callable[[Recipe], Any] | None = None) -> int:
     """
     Trains as a recipe says.
 
@@ -52,6 +55,8 @@ def main(verb: str, argv: list[str], *, launched: bool = False) -> int:
             `--config RECIPE.yaml` and `--key value` overrides.
         launched (`bool`, *optional*, defaults to `False`):
             Whether a launcher has started this process; options for `accelerate launch` are then behind it.
+        execute (`Callable`, *optional*):
+            What is done with the recipe; [`run`] if not given.
 
     Returns:
         `int`: exit code.
@@ -64,11 +69,11 @@ def main(verb: str, argv: list[str], *, launched: bool = False) -> int:
         # One refusal before anything is started, not one from every process.
         checkpoint_to_resume(recipe)
         return launch(f"trl_robust.scripts.{verb.replace('-', '_')}", recipe)
-    run(recipe)
+    (execute or run)(recipe)
     return 0
 
 
-def run(recipe: Recipe, *, quiet: bool = False) -> Any:
+def run(recipe: Recipe, *, quiet: bool = False, finish: Callable[[Any], dict[str, Any]] = lambda trainer: {}) -> Any:
     """
     Trains, and writes everything that `design/api.md` section 6 lists into `output_dir`.
 
@@ -77,6 +82,9 @@ def run(recipe: Recipe, *, quiet: bool = False) -> Any:
             Settings as [`~trl_robust.recipes.load_recipe`] returns them.
         quiet (`bool`, *optional*, defaults to `False`):
             Whether to leave out the losses, and the progress bar as well where there is no terminal.
+        finish (`Callable`, *optional*):
+            Called with the trainer in the main process when everything but `run.json` is written; what it returns is
+            written into it.
 
     Returns:
         The trainer of the recipe's verb, after training.
@@ -147,7 +155,7 @@ def run(recipe: Recipe, *, quiet: bool = False) -> Any:
         "output_dir": args.output_dir,
     }
     if trainer.is_world_process_zero():
-        write_json(folder / RUN, record)
+        write_json(folder / RUN, record | finish(trainer))
         if not quiet:
             print(f"Trained in {seconds:.0f} s, up to update {trainer.state.global_step}. Written to {folder}.")
     trainer.end()
@@ -199,8 +207,9 @@ def _make_trainer(recipe: Recipe, rows: dict[str, Any], quiet: bool) -> Any:
     loading |= dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     path = os.path.expanduser(str(model.model_name_or_path))
     settings: dict[str, Any] = {"args": args, "train_dataset": rows["train"], "eval_dataset": rows["evaluation"]}
-    if rows["benign"] is not None:
-        settings["benign_dataset"] = rows["benign"]
+    for share in ("benign", "safe"):
+        if rows[share] is not None:
+            settings[f"{share}_dataset"] = rows[share]
     try:
         if is_adapter(Path(path)):
             settings |= _adapter(path, {**loading, "quantization_config": get_quantization_config(model)})

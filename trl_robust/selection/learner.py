@@ -22,7 +22,7 @@ class SelectorLearner:
     """
     One logit a row, moved by `d/d logits mean(weights[rows] * signal)` of every update's rows (seal.md 4).
 
-    The gradient is exact and dense: through the normalisation it reaches the rows outside the batch as well. Everything
+    The gradient is exact and dense: through the normalisation it reaches the rows outside the batch, too. Everything
     is float64 on the CPU, where even for a million rows an update takes milliseconds.
 
     Args:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from ..data.cells import rows_named
 from ..data.errors import DataError
-from ..data.hashing import WEIGHT, row_hashes
+from ..data.hashing import row_hashes
+from ..data.row_weights import WEIGHT
 from .functions import SelectorFunction, check_function, row_weights
 
 SCHEMA = 1

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..recipes import Recipe
 from ..recipes.arguments import PARTS
-from ..recipes.checking import is_lap
+from ..recipes.shares import is_lap
 from ..threat.sites import resolve_sites
 from .same_paraphrases import drop_unread_of_paraphrases
 

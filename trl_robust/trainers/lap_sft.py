@@ -22,9 +22,10 @@ from ..threat.positions import SPANS
 from .lap_sft_config import LAPSFTConfig
 from .paraphrased import ParaphrasedTrainer
 from .refusals import check_model
+from .weighted_rows import WeightedRows
 
 
-class LAPSFTTrainer(ParaphrasedTrainer, SFTTrainer):
+class LAPSFTTrainer(ParaphrasedTrainer, WeightedRows, SFTTrainer):
     """
     Trainer for latent adversarial paraphrasing (LAP) on supervised fine-tuning.
 

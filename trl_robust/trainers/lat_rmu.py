@@ -19,6 +19,7 @@ from torch import nn
 from trl import SFTTrainer
 
 from ..data import LATDataCollator, as_prompt_completion
+from ..data.row_weights import refuse_row_weights
 from ..inner import hidden_after
 from ..objectives import steering_error
 from ..threat.sites import base_model, decoder_layers, resolve_sites
@@ -113,6 +114,7 @@ class LATRMUTrainer(LATRows, AttackedTrainer, SFTTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required")
         # `SFTTrainer.__init__` calls `_prepare_dataset`, so what that needs stands here.
+        refuse_row_weights(train_dataset, "training")
         train_dataset = as_prompt_completion(
             train_dataset, "training", needs_rejected=True, needs_prompt=args.needs_prompt
         )

@@ -19,6 +19,7 @@ from torch import nn
 from trl import SFTTrainer
 
 from ..data import DataError, LATDataCollator, as_prompt_completion
+from ..data.row_weights import WEIGHT
 from ..objectives import LabelLogits, away, floored, label_logits, toward
 from ..threat.positions import SPANS
 from .attacked import AttackedTrainer
@@ -27,9 +28,10 @@ from .frozen_base import FrozenBase
 from .lat_rows import LATRows
 from .lat_sft_config import LATSFTConfig
 from .refusals import check_model
+from .weighted_rows import WeightedRows
 
 
-class LATSFTTrainer(LATRows, AttackedTrainer, SFTTrainer):
+class LATSFTTrainer(LATRows, AttackedTrainer, WeightedRows, SFTTrainer):
     """
     Trainer for latent adversarial training (LAT) on supervised fine-tuning.
 
@@ -202,7 +204,7 @@ class LATSFTTrainer(LATRows, AttackedTrainer, SFTTrainer):
         if args.toward_coef and args.toward_cutoff:
             found = label_logits(model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
             means = floored(found.row_means(toward(found.logits, found.targets)), args.toward_cutoff)
-            total = (means * found.row_counts).sum()
+            total = (_weighted(means, inputs) * found.row_counts).sum()
             terms.append(weights["toward"] * self._token_mean("toward", "toward", found, total, divided=divided))
         elif args.toward_coef:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
@@ -213,7 +215,8 @@ class LATSFTTrainer(LATRows, AttackedTrainer, SFTTrainer):
         if args.away_coef:
             found = label_logits(model, **rejected)
             terms.append(
-                weights["away"] * self._token_mean("away", "away", found, self._away_sum(found), divided=divided)
+                weights["away"]
+                * self._token_mean("away", "away", found, self._away_sum(found, inputs), divided=divided)
             )
         # Forward, backward to the activations, backward to the weights.
         self.adversary.passes += 3 * rows * len(terms)
@@ -221,12 +224,18 @@ class LATSFTTrainer(LATRows, AttackedTrainer, SFTTrainer):
             terms += benign_terms(self, model, benign, weights, divided=divided)
         return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
-    def _away_sum(self, found: LabelLogits) -> torch.Tensor:
+    def _away_sum(self, found: LabelLogits, inputs: dict[str, Any]) -> torch.Tensor:
         """The away loss of a batch, summed over its tokens."""
         if self.args.away_loss == "unlikelihood":
-            return away(found.logits, found.targets).sum()
+            tokens = away(found.logits, found.targets)
+            return _weighted(found.row_sums(tokens), inputs).sum() if WEIGHT in inputs else tokens.sum()
         means = floored(-found.row_means(toward(found.logits, found.targets)), -self.args.away_cutoff)
-        return (means * found.row_counts).sum()
+        return (_weighted(means, inputs) * found.row_counts).sum()
 
     def _labels_by_term(self, batches: list[dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
         return super()._labels_by_term(batches) | {"toward": [batch["labels"] for batch in batches]}
+
+
+def _weighted(values: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    """One value a row, times the row's weight where rows have one."""
+    return values * inputs[WEIGHT].to(values) if WEIGHT in inputs else values

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from .._compat import keep_4bit_differentiable, use_adapter
 from ..data import as_prompt_completion
+from ..data.row_weights import refuse_row_weights
 from ..inner import attack_mode
 from .robust import RobustTrainer
 
@@ -102,6 +103,7 @@ def as_pairs(dataset: Dataset, name: str) -> Dataset:
     Raises:
         [`~trl_robust.data.DataError`]: as [`~trl_robust.data.as_prompt_completion`].
     """
+    refuse_row_weights(dataset, name)
     return as_prompt_completion(dataset, name, needs_rejected=True, needs_prompt=True).rename_column(
         "completion", "chosen"
     )

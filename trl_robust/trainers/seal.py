@@ -22,7 +22,8 @@ from torch import nn
 from trl import SFTTrainer
 
 from ..data import DataError, content_hash
-from ..data.hashing import WEIGHT, row_hashes
+from ..data.hashing import row_hashes
+from ..data.row_weights import WEIGHT
 from ..selection.learner import SelectorLearner
 from ..selection.penalty import selection_signal
 from ..selection.selector import Selector
@@ -37,8 +38,8 @@ from .weighted_rows import WeightedRows
 
 MEMORY_EFFICIENT = (
     "`penalty_algorithm: memory_efficient` (Algorithm 2) leaves out the auxiliary model, so that rows are ranked by "
-    "their loss: novel rows count as harmful, and with a large `penalty_strength` the ranking turns round (seal.md 5). "
-    "It works only while the penalty is small and training short. `auxiliary` is the default."
+    "their loss: what is new to the model counts as harmful, and with a large `penalty_strength` the ranking can turn "
+    "round. It works only while the penalty is small and training short. `auxiliary` is the default."
 )
 
 
@@ -126,8 +127,8 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
             raise ValueError("`compute_loss_func` would replace the losses that rows are ranked by. Remove it.")
         if args.selection_method not in TRAINED:
             raise ValueError(
-                f"`selection_method: {args.selection_method}` trains no model: `trl-robust seal` makes it, and so does "
-                "`trl_robust.selection`."
+                f"`selection_method: {args.selection_method}` trains no model. Use `trl-robust seal`, or the "
+                "functions of `trl_robust.selection`."
             )
         if train_dataset is None:
             raise ValueError("`train_dataset` is required")
@@ -194,7 +195,7 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
         self._rows_of_update = int(self.accelerator.gather(rows).sum())
         self._micro_batches_left = len(batches)
         self._micro_batch = 0
-        self._seen: list[torch.Tensor] = []
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         return batches, count
 
     def training_step(
@@ -209,7 +210,7 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
         )
         rows = inputs[ROW].cpu()
         weights = self.learner.weights()[rows].to(self.accelerator.device, torch.float32)
-        logged = {"penalty": gamma}
+        logged: dict[str, float | torch.Tensor] = {"penalty": gamma}
 
         places, safe = self._safe_batch(len(rows))
         references = None if self._safe_references is None else self._safe_references[places]
@@ -226,9 +227,8 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
                 with self.adapters.auxiliary_active():
                     auxiliary = self._pass(inputs, references, weights)
                 logged |= {"auxiliary_loss": auxiliary.mean(), "gap": (losses - auxiliary).mean()}
-            unseen = torch.full_like(losses, math.nan)
-            self._seen.append(torch.stack([losses, unseen if auxiliary is None else auxiliary]))
-            self._seen_rows = rows if self._micro_batch == 0 else torch.cat([self._seen_rows, rows])
+            both = torch.stack([losses, torch.zeros_like(losses) if auxiliary is None else auxiliary], dim=1)
+            self._seen.append((rows, both))
 
         self._record_all(logged)
         self._micro_batch += 1
@@ -237,7 +237,7 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
         return total * len(rows) * self.accelerator.num_processes / self._rows_of_update
 
     def _safe_batch(self, count: int) -> tuple[list[int], dict[str, Any]]:
-        """As many rows of the safe set as the micro-batch has: those of its place in the stream, whoever draws them."""
+        """As many rows of the safe set as the micro-batch has, from its place in the stream."""
         assert self._safe_rows is not None
         size = self.args.per_device_train_batch_size
         place = self._micro_batch * self.accelerator.num_processes + self.accelerator.process_index
@@ -276,18 +276,18 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
         if not self._seen:
             return
         update = self.state.global_step
-        losses, auxiliary = self.accelerator.gather(torch.cat(self._seen, dim=1).T.contiguous()).double().cpu().T
-        rows = self.accelerator.gather(self._seen_rows.to(self.accelerator.device)).cpu()
+        own_rows, own_losses = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        losses, auxiliary = self.accelerator.gather(own_losses).double().cpu().T
+        rows = self.accelerator.gather(own_rows.to(self.accelerator.device)).cpu()
         second = auxiliary if self.adapters is not None else None
         self.learner.note(rows, losses, second, update)
         self.learner.step(rows, selection_signal(losses, second), update)
         weights = self.learner.weights()
-        self._metrics["train"]["selector/largest_weight"].append(weights.max().item())
-        self._metrics["train"]["selector/effective_share"].append(
-            (weights.sum() ** 2 / weights.square().sum()).item() / len(weights)
-        )
-        self._metrics["train"]["selector/fewest_visits"] = [float(self.learner.visits.min())]
-        self._metrics["train"]["selector/most_visits"] = [float(self.learner.visits.max())]
+        logged = self._metrics["train"]
+        logged["selector/largest_weight"].append(weights.max().item())
+        logged["selector/effective_share"].append(weights.mean().item() ** 2 / weights.square().mean().item())
+        logged["selector/fewest_visits"] = [float(self.learner.visits.min())]
+        logged["selector/most_visits"] = [float(self.learner.visits.max())]
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         if self.adapters is None:

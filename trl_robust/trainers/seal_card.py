@@ -45,6 +45,7 @@ def selection_card(args: Any, model: str, rows: int, safe_rows: int) -> str:
     step = f", plus {args.penalty_increment:g} at every later epoch" if args.penalty_increment else ""
     return (
         f"{head}{ALGORITHMS[args.penalty_algorithm]}. Penalty {args.penalty_strength:g}{step}; selector "
-        f"`{args.selector_function}`, {args.selector_optimizer}; safe set of {safe_rows} rows.\n\nA selector is hygiene, "
-        "not a guarantee: rows written in the style of the safe set can pass it. Look at the report beside this file.\n"
+        f"`{args.selector_function}`, {args.selector_optimizer}; safe set of {safe_rows} rows.\n\nA selector is "
+        "hygiene, not a guarantee: rows written in the style of the safe set can pass it. Look at the report beside "
+        "this file.\n"
     )

@@ -32,8 +32,8 @@ class SEALConfig(CheckedArguments, SFTConfig):
             What ranks the rows. `"seal"`: the bilevel selector. Baselines that train: `"safe_loss"`, a model trained
             on the safe set alone, for as many updates, then rows by its loss; `"loss_gap"`, both models trained with
             all weights at 1, then rows by the difference of their losses. Baselines without a model, made by
-            `trl-robust seal`: `"none"` (all rows), `"random"`, `"dsir"` (n-gram importance, 2302.03169), `"safe_instr"`
-            (all rows, and a few safe ones mixed in, 2309.07875).
+            `trl-robust seal`: `"none"` (all rows), `"random"`, `"dsir"` (n-gram importance, 2302.03169),
+            `"safe_instr"` (all rows, and a few safe ones mixed in, 2309.07875).
         selector_function (`str`, *optional*, defaults to `"softmax"`):
             From logits to weights: `"softmax"`, `"sigmoid"`, `"relu"`, or `"tanh"` (1 + tanh, which is the sigmoid of
             twice the logit). Weights have mean 1 and are never negative.
@@ -65,6 +65,13 @@ class SEALConfig(CheckedArguments, SFTConfig):
             Share of the safe set that is used: a random subset, drawn by `seed`.
         keep_fraction (`float`, *optional*, defaults to `0.8`):
             Share of the rows that `trl-robust seal` keeps.
+        label_column (`str`, *optional*):
+            Column that says of every row whether it is harmful (true, or not 0). Only the report looks at it, for how
+            well rows were told apart.
+        source_column (`str`, *optional*):
+            Column with the source of every row. Only the report looks at it.
+        show_rows (`bool`, *optional*, defaults to `False`):
+            Whether the report shows what rows say, which may be harmful.
         preference_loss (`str`, *optional*, defaults to `"sigmoid"`):
             Loss of a row that is a pair (`chosen`, `rejected`): `"sigmoid"` (DPO), `"ipo"` or `"robust"`; the
             reference is the model as it is before training.
@@ -109,6 +116,13 @@ class SEALConfig(CheckedArguments, SFTConfig):
     )
     safe_fraction: float = field(default=1.0, metadata={"help": "Share of the safe set that is used."})
     keep_fraction: float = field(default=0.8, metadata={"help": "Share of the rows that is kept."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column that says whether a row is harmful; only the report looks at it."}
+    )
+    source_column: str | None = field(
+        default=None, metadata={"help": "Column with the source of a row; only the report looks at it."}
+    )
+    show_rows: bool = field(default=False, metadata={"help": "Show what rows say in the report."})
     preference_loss: PreferenceType = field(
         default="sigmoid",
         metadata={"help": "Loss of a row that is a pair.", "choices": list(get_args(PreferenceType))},

@@ -11,7 +11,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..data import DataError, as_prompt_completion, kept_whole
-from ..data.hashing import WEIGHT
+from ..data.row_weights import WEIGHT
 from ..inner import attack_mode
 
 ROW = "row_number"

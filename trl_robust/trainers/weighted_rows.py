@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.hashing import WEIGHT
+from ..data.row_weights import WEIGHT
 
 
 class WeightedRows:
