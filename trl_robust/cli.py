@@ -29,6 +29,8 @@ VERBS = {
     "lat-rmu": ("lat_rmu", "unlearning by representation misdirection (RMU), under latent attack"),
     "lap-sft": ("lap_sft", "latent adversarial paraphrasing on SFT"),
     "lap-dpo": ("lap_dpo", "latent adversarial paraphrasing inside DPO (the joint form is ours)"),
+    "seal": ("seal", "learn which rows of a dataset hurt, by bilevel data selection"),
+    "select": ("select", "apply a saved selector to a dataset and write the rows it keeps"),
     "attack": ("attack", "one attack on one model"),
     "evaluate": ("evaluate", "a suite of measures on one or more models"),
     "diagnose-distance": ("diagnose_distance", "how far apart wordings are inside a model, and what that costs"),

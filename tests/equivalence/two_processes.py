@@ -9,6 +9,7 @@ import conftest  # noqa: E402, F401
 import dpo_runs  # noqa: E402
 import lap_runs  # noqa: E402
 import runs  # noqa: E402
+import seal_runs  # noqa: E402
 from runs import EVERYTHING, benign_data, trained  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tiny import lora, tiny_model  # noqa: E402
@@ -20,9 +21,12 @@ MODULES = {"sft": runs, "dpo": dpo_runs}
 
 LAP = {**lap_runs.SEARCH, **SGD, "lap_branch": "mix", "lap_lambda_persist": "ema", "max_steps": 4}
 SETTINGS |= {"lap-sft": LAP, "lap-dpo": LAP}
+SETTINGS["seal"] = {**SGD, "max_steps": 4, "selector_learning_rate": 20.0}
 
 
 def make(kind: str, folder: Path, **changes):
+    if kind == "seal":
+        return seal_runs.make(folder, **changes)
     if kind.startswith("lap-"):
         return lap_runs.make(kind[4:], folder, **changes)
     return MODULES[kind].make(folder, **changes)
@@ -30,7 +34,7 @@ def make(kind: str, folder: Path, **changes):
 
 def run(kind: str, folder: Path, **changes):
     settings = {**SETTINGS[kind], **changes}
-    benign = {} if kind.startswith("lap-") else {"benign": benign_data()}
+    benign = {} if kind.startswith("lap-") or kind == "seal" else {"benign": benign_data()}
     trainer = make(kind, folder, **settings, **benign, dropout=None, model=lora(tiny_model()))
     trainer.train()
     return trainer
@@ -41,6 +45,9 @@ if __name__ == "__main__":
     # Two processes with two rows each take what one process with four takes.
     trainer = run(kind, target, per_device_train_batch_size=2, ddp_backend="gloo")
     assert trainer.accelerator.num_processes == 2
-    save_file({name: value.contiguous() for name, value in trained(trainer).items()}, target / f"{rank}.safetensors")
+    found = trained(trainer)
+    if kind == "seal":
+        found["logits"] = trainer.learner.logits
+    save_file({name: value.contiguous() for name, value in found.items()}, target / f"{rank}.safetensors")
     branches = [entry["perturbed_updates"] for entry in trainer.state.log_history if "perturbed_updates" in entry]
     (target / f"{rank}.json").write_text(json.dumps({**trainer.state.log_history[0], "branches": branches}))

@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from .cells import check_cells
 from .errors import DataError
 from .preference import prompt_inside, take_prompt_out
 
@@ -50,12 +51,16 @@ def _messages(value: Any, column: str) -> list[list[str]] | str:
         if column == "text":
             return _normal(value)
         return [["user" if column == "prompt" else "assistant", _normal(value)]]
-    return [[str(turn["role"]), _content(turn.get("content"))] for turn in value]
+    return [_turn(turn) for turn in value]
 
 
-def _content(content: Any) -> str:
+def _turn(turn: dict[str, Any]) -> list[str]:
+    parts = [turn.get("content")]
+    if turn.get("tool_calls"):
+        parts.append(turn["tool_calls"])
     # What is no text (images, tool calls) is compared as it is written.
-    return _normal(content if isinstance(content, str) else json.dumps(content, sort_keys=True, default=str))
+    texts = (part if isinstance(part, str) else json.dumps(part, sort_keys=True, default=str) for part in parts)
+    return [str(turn["role"]), *map(_normal, texts)]
 
 
 def _normal(text: str) -> str:
@@ -74,13 +79,19 @@ def row_hashes(dataset: Dataset) -> list[str]:
         `list[str]`: see [`row_hash`].
 
     Raises:
-        [`DataError`]: no column that says anything.
+        [`DataError`]: no column that says anything, or cells that are neither text nor messages.
     """
     if ROW_HASH in dataset.column_names:
-        return list(dataset[ROW_HASH])
+        hashes = dataset[ROW_HASH][:]
+        if not all(isinstance(value, str) for value in hashes):
+            raise DataError(
+                f"The dataset has a column `{ROW_HASH}` that is no text in every row. Remove or rename it."
+            )
+        return hashes
+    check_cells(dataset, "training", CONTENTS, one_kind=False)
     if prompt_inside(dataset):
         dataset = take_prompt_out(dataset, "training")
-    elif {"completion", "rejected"} <= set(dataset.column_names):
+    elif {"completion", "rejected"} <= set(dataset.column_names) and "chosen" not in dataset.column_names:
         # As the trainers have pairs after checking them.
         dataset = dataset.rename_column("completion", "chosen")
     columns = [column for column in CONTENTS if column in dataset.column_names]

@@ -10,10 +10,12 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, concatenate_datasets
 
@@ -65,7 +67,7 @@ def random_selector(hashes: Sequence[str], seed: int) -> Selector:
     True
     ```
     """
-    return _selector(hashes, _uniform(hashes, seed), {"method": "random", "seed": seed})
+    return _selector(hashes, _uniform(hashes, "random", seed), {"method": "random", "seed": seed})
 
 
 def dsir_selector(
@@ -117,7 +119,7 @@ def dsir_selector(
         ratio = np.log((target + SMOOTHING * pooled) / (target.sum() + SMOOTHING))
         ratio -= np.log((raw + SMOOTHING * pooled) / (raw.sum() + SMOOTHING))
     scores = [float(ratio[list(row)] @ list(row.values())) if row else 0.0 for row in rows]
-    noise = -np.log(-np.log(_uniform(hashes, seed)))
+    noise = -np.log(-np.log(_uniform(hashes, "dsir", seed)))
     settings = {"method": "dsir", "buckets": buckets, "ngrams": ngrams, "seed": seed, "safe_rows": len(safe_dataset)}
     return _selector(hashes, np.array(scores) + noise, settings)
 
@@ -164,13 +166,13 @@ def mix_rows(
     said = [[column for column in CONTENTS if column in rows.column_names] for rows in (dataset, safe_dataset)]
     if said[0] != said[1]:
         raise DataError(
-            f"Rows of the dataset say something in the columns {said[0]}, those of the safe dataset in {said[1]}. Give "
-            "both the same form."
+            f"Rows of the dataset say something in the columns {said[0]}, those of the safe dataset in {said[1]}. "
+            "Give both the same form."
         )
     if wanted == 0:
         return dataset
     hashes = row_hashes(safe_dataset)
-    drawn = sorted(np.argsort(_uniform(hashes, seed), kind="stable")[:wanted].tolist())
+    drawn = sorted(np.argsort(_uniform(hashes, "mix", seed), kind="stable")[:wanted].tolist())
     added = safe_dataset.select(drawn)
     if WEIGHT in dataset.column_names and WEIGHT not in added.column_names:
         added = added.add_column(WEIGHT, [1.0] * wanted)
@@ -185,8 +187,9 @@ def mix_rows(
                 "the safe dataset. Give both the same form: text, or messages."
             )
     try:
-        return concatenate_datasets([dataset, added.cast(dataset.features)])
-    except (ValueError, TypeError) as error:  # what pyarrow raises is one of them
+        same = added.features == dataset.features
+        return concatenate_datasets([dataset, added if same else added.cast(dataset.features)])
+    except (ValueError, TypeError, pa.ArrowException) as error:
         raise DataError(
             f"The safe dataset's columns cannot be made those of the dataset: {' '.join(str(error).split())}. Give "
             "both the same form."
@@ -203,9 +206,10 @@ def _selector(hashes: Sequence[str], logits: np.ndarray, settings: dict[str, Any
     )
 
 
-def _uniform(hashes: Sequence[str], seed: int) -> np.ndarray:
-    """A number strictly between 0 and 1 for every row, from its hash and the seed alone."""
-    key = str(seed).encode()
+def _uniform(hashes: Sequence[str], purpose: str, seed: int) -> np.ndarray:
+    """A number strictly between 0 and 1 for every row, from its hash, the purpose and the seed alone."""
+    # Without the purpose, DSIR and random selection with one seed would agree where DSIR has nothing to say.
+    key = f"{purpose} {seed}".encode()
     whole = (int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8, key=key).digest()) for name in hashes)
     return np.array([((number >> 12) + 0.5) / 2**52 for number in whole], dtype=np.float64)
 
@@ -235,13 +239,14 @@ def _counts(text: str, buckets: int, ngrams: int) -> Counter[int]:
     return counts
 
 
+@lru_cache(maxsize=2**18)  # most n-grams of a corpus are a few that come again and again
 def _bucket(ngram: str, buckets: int) -> int:
     # Python's own hash differs from process to process.
     digest = hashlib.blake2b(ngram.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest) % buckets
 
 
-def _total(rows: Any, buckets: int) -> np.ndarray:
+def _total(rows: Iterable[Counter[int]], buckets: int) -> np.ndarray:
     total = np.zeros(buckets)
     for row in rows:
         for bucket, number in row.items():

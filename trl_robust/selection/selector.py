@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,42 +21,13 @@ from ..data.errors import DataError
 from ..data.hashing import row_hashes
 from ..data.row_weights import WEIGHT
 from .functions import SelectorFunction, check_function, row_weights
+from .matching import Selection, Unscored, amount_kept, by_source, check_amount, unscored_rows
 
 SCHEMA = 1
 TENSORS, SETTINGS, ROWS = "selector.safetensors", "selector.json", "rows.parquet"
 
-Unscored = Literal["refuse", "drop", "keep"]
 
-
-@dataclass(frozen=True)
-class Selection:
-    """
-    Which rows of a dataset are kept, and how it was decided.
-
-    Args:
-        kept (`list[int]`):
-            Numbers of the rows that are kept, in the dataset's order.
-        threshold (`float`, *optional*):
-            Weight of the last row that was kept by its score.
-        tied (`int`):
-            Rows whose score equals that row's, kept or not.
-        unknown (`list[int]`):
-            Rows that the selector was not trained on.
-        unvisited (`list[int]`):
-            Rows that it knows, and that no update has seen.
-        missing (`int`):
-            Rows that it knows, and that the dataset lacks.
-    """
-
-    kept: list[int]
-    threshold: float | None
-    tied: int
-    unknown: list[int]
-    unvisited: list[int]
-    missing: int
-
-
-@dataclass
+@dataclass(eq=False)  # of tensors there is no one answer
 class Selector:
     """
     Scores of the rows of one dataset, which any copy of it can be selected by: in any order, for any model.
@@ -104,6 +74,11 @@ class Selector:
     def __post_init__(self) -> None:
         check_function(self.function)
         self.logits = self.logits.detach().to("cpu", torch.float64)
+        if self.logits.ndim != 1 or len(self.logits) == 0:
+            raise ValueError(
+                f"A selector needs one logit a row, and at least one; its logits have the shape "
+                f"{tuple(self.logits.shape)}."
+            )
         wrong = {name: len(values) for name, values in self.statistics.items() if len(values) != len(self.logits)}
         if len(self.row_hashes) != len(self.logits) or wrong:
             raise ValueError(
@@ -160,9 +135,9 @@ class Selector:
             dataset ([`~datasets.Dataset`]):
                 Any copy: rows are found by what they say.
             keep (`float`, *optional*, defaults to `0.8`):
-                Share of its rows; rounded down. 1 keeps all of them.
+                Share of its rows that are scored; rounded down. 1 keeps all of them.
             count (`int`, *optional*):
-                So many rows, in place of a share.
+                So many of them, in place of a share; all of them if there are fewer.
             threshold (`float`, *optional*):
                 All rows of at least this weight, in place of a share.
             weighted (`bool`, *optional*, defaults to `False`):
@@ -178,19 +153,22 @@ class Selector:
             hash come first, and of identical ones the earlier.
 
         Raises:
-            [`~trl_robust.data.DataError`]: rows that are not scored, with their number; an unknown column.
-            `ValueError`: a share, count or threshold that cannot be.
+            [`~trl_robust.data.DataError`]: rows that are not scored, with their number; an unknown column; with
+            `weighted`, a column `weight` that is there already.
+            `ValueError`: a share, count, threshold or `unscored` that cannot be.
         """
-        chosen = self.selection(
-            dataset, keep, count=count, threshold=threshold, source_column=source_column, unscored=unscored
-        )
+        hashes = row_hashes(dataset)
+        chosen = self._selection(dataset, hashes, keep, count, threshold, source_column, unscored)
         rows = dataset.select(chosen.kept)
         if not weighted:
             return rows
         if WEIGHT in rows.column_names:
             raise DataError(f"The dataset has a column `{WEIGHT}` already. Remove or rename it.")
-        own, weights = self._lookup(row_hashes(rows)), self.weights()
-        found = torch.tensor([1.0 if place is None else weights[place].item() for place in own])
+        places, weights = self._lookup(hashes), self.weights().tolist()
+        kept = (places[number] for number in chosen.kept)
+        found = torch.tensor([1.0 if place is None else weights[place] for place in kept], dtype=torch.float64)
+        if len(found) and not found.any():
+            raise DataError("Every row that is kept has a weight of 0; nothing would be trained. Leave weights out.")
         return rows.add_column(WEIGHT, (found / found.mean()).tolist())
 
     def selection(
@@ -209,34 +187,42 @@ class Selector:
         Returns:
             [`Selection`].
         """
-        _check_amount(keep, count, threshold)
-        hashes = row_hashes(dataset)
-        places = self._lookup(hashes)
+        return self._selection(dataset, row_hashes(dataset), keep, count, threshold, source_column, unscored)
+
+    def _selection(
+        self,
+        dataset: Dataset,
+        hashes: list[str],
+        keep: float,
+        count: int | None,
+        threshold: float | None,
+        source_column: str | None,
+        unscored: Unscored,
+    ) -> Selection:
+        check_amount(keep, count, threshold, unscored)
+        places, visited = self._lookup(hashes), self._visited().tolist()
         unknown = [number for number, place in enumerate(places) if place is None]
-        visited = self._visited()
         unvisited = [number for number, place in enumerate(places) if place is not None and not visited[place]]
         if unscored == "refuse" and (unknown or unvisited):
-            raise DataError(_unscored(len(dataset), unknown, unvisited))
+            raise DataError(unscored_rows(len(dataset), unknown, unvisited))
         left_out = {*unknown, *unvisited}
-        scores, weights = self.scores, self.weights()
+        scores, weights = self.scores.tolist(), self.weights().tolist()
         ranked = sorted(
-            (-scores[place].item(), hashes[number], number)
+            (-scores[place], hashes[number], number)
             for number, place in enumerate(places)
             if place is not None and number not in left_out
         )
-        kept = set(left_out) if unscored == "keep" else set()
+        weight_of = {number: weights[place] for number, place in enumerate(places) if place is not None}
         chosen: list[tuple[float, str, int]] = []
-        for group in _by_source(dataset, source_column, ranked):
-            if threshold is not None:
-                chosen += [entry for entry in group if weights[places[entry[2]]] >= threshold]  # type: ignore[index]
+        for group in by_source(dataset, source_column, ranked):
+            if threshold is None:
+                chosen += group[: amount_kept(keep, count, len(group))]
             else:
-                # 0.29 of 100 is 28.999... in floating point, and 29 rows.
-                chosen += group[: math.floor(keep * len(group) + 1e-9) if count is None else count]
-        kept |= {number for _, _, number in chosen}
+                chosen += [entry for entry in group if weight_of[entry[2]] >= threshold]
         last = max(chosen, default=None)
         return Selection(
-            kept=sorted(kept),
-            threshold=None if last is None else weights[places[last[2]]].item(),  # type: ignore[index]
+            kept=sorted({number for _, _, number in chosen} | (left_out if unscored == "keep" else set())),
+            threshold=None if last is None else weight_of[last[2]],
             tied=0 if last is None else sum(entry[0] == last[0] for entry in ranked),
             unknown=unknown,
             unvisited=unvisited,
@@ -262,21 +248,6 @@ class Selector:
                 Where; made if missing.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / f".{TENSORS}.partial"
-        tensors = {"omega": self.logits, **self.statistics}
-        save_file({name: values.detach().cpu().contiguous() for name, values in tensors.items()}, draft)
-        draft.replace(folder / TENSORS)
-        table = {
-            "row": list(range(len(self.logits))),
-            "hash": self.row_hashes,
-            "score": self.scores.tolist(),
-            "weight": self.weights().tolist(),
-            **{name: values.tolist() for name, values in self.statistics.items()},
-        }
-        draft = folder / f".{ROWS}.partial"
-        pq.write_table(pa.table(table), draft)
-        draft.replace(folder / ROWS)
         about = {
             "schema": SCHEMA,
             "function": self.function,
@@ -286,8 +257,33 @@ class Selector:
             "rows_file": ROWS,
             "settings": self.settings,
         }
+        # What cannot be written is found out before anything is.
+        text = json.dumps(about, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        # Copies, since safetensors refuses tensors that share memory.
+        tensors = {
+            name: values.detach().cpu().clone().contiguous()
+            for name, values in {**self.statistics, "omega": self.logits}.items()
+        }
+        table = pa.table(
+            {
+                "row": list(range(len(self.logits))),
+                "hash": self.row_hashes,
+                "score": self.scores.tolist(),
+                "weight": self.weights().tolist(),
+                **{name: values.tolist() for name, values in self.statistics.items()},
+            }
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        # Without it the folder holds no selector: one that is interrupted here is not taken for an earlier one.
+        (folder / SETTINGS).unlink(missing_ok=True)
+        draft = folder / f".{TENSORS}.partial"
+        save_file(tensors, draft)
+        draft.replace(folder / TENSORS)
+        draft = folder / f".{ROWS}.partial"
+        pq.write_table(table, draft)
+        draft.replace(folder / ROWS)
         draft = folder / f".{SETTINGS}.partial"
-        draft.write_text(json.dumps(about, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        draft.write_text(text, encoding="utf-8")
         draft.replace(folder / SETTINGS)
 
     @classmethod
@@ -319,58 +315,29 @@ class Selector:
                     "version of trl-robust that wrote it."
                 )
             tensors = load_file(folder / TENSORS)
-            hashes = pq.read_table(folder / ROWS, columns=["hash"])["hash"].to_pylist()
+            rows = pq.read_table(folder / ROWS, columns=["hash", "score"])
             found = cls(
                 logits=tensors.pop("omega"),
-                row_hashes=hashes,
+                row_hashes=rows["hash"].to_pylist(),
                 function=about["function"],
                 normalized=about["normalized"],
                 statistics=tensors,
                 settings=about["settings"],
             )
+            whole = found.fingerprint == about["dataset_fingerprint"]
+            # The fingerprint is the same for rows in another order, as another run may have had them.
+            scores = torch.tensor(rows["score"].to_pylist(), dtype=torch.float64)
+            whole = whole and torch.allclose(found.scores, scores, rtol=1e-9, atol=0)
         except DataError:
             raise
         except (ValueError, KeyError, TypeError, OSError, SafetensorError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
-            raise DataError(f"The selector in {folder} cannot be read: {reason or type(error).__name__}") from error
-        if found.fingerprint != about["dataset_fingerprint"]:
             raise DataError(
-                f"The selector in {folder} is not whole: {ROWS} and {SETTINGS} are of different rows. Copy the folder "
-                "again."
+                f"The selector in {folder} cannot be read: {reason or type(error).__name__}. Copy the folder again."
+            ) from error
+        if not whole:
+            raise DataError(
+                f"The selector in {folder} is not whole: {TENSORS}, {ROWS} and {SETTINGS} do not belong to the same "
+                "rows in the same order. Copy the folder again."
             )
         return found
-
-
-def _check_amount(keep: float, count: int | None, threshold: float | None) -> None:
-    if count is not None and threshold is not None:
-        raise ValueError("`count` and `threshold` are both given. Keep one.")
-    if not 0 <= keep <= 1:
-        raise ValueError(f"`keep` is {keep}; it is a share, from 0 to 1.")
-    if count is not None and count < 0:
-        raise ValueError(f"`count` is {count}; it must be at least 0.")
-    if threshold is not None and not math.isfinite(threshold):
-        raise ValueError(f"`threshold` is {threshold}; it must be a number.")
-
-
-def _by_source(dataset: Dataset, column: str | None, ranked: list[tuple[float, str, int]]) -> list[list[Any]]:
-    """Ranked rows, in one group, or in one for every source."""
-    if column is None:
-        return [ranked]
-    if column not in dataset.column_names:
-        raise DataError(f"The dataset has no column {column!r} to select by; it has {dataset.column_names}.")
-    sources, groups = dataset[column][:], {}  # type: ignore[var-annotated]
-    for entry in ranked:
-        groups.setdefault(str(sources[entry[2]]), []).append(entry)
-    return list(groups.values())
-
-
-def _unscored(rows: int, unknown: list[int], unvisited: list[int]) -> str:
-    parts = []
-    if unknown:
-        parts.append(f"{len(unknown)} of its {rows} rows were not scored by this selector ({rows_named(unknown)})")
-    if unvisited:
-        parts.append(f"{len(unvisited)} were never visited in its training ({rows_named(unvisited)})")
-    return (
-        f"The dataset does not fit the selector: {', and '.join(parts)}. Select from the dataset that it was trained "
-        "on, or say what becomes of such rows with `unscored` (`drop` or `keep`)."
-    )

@@ -2,37 +2,43 @@
 
 Its cells are the product of `axes` (a key and its values) and `paired` (an axis whose values set several keys
 together), and single `cells` beside it. Every cell is a recipe: the base recipe, under `set`, under its own settings.
+With `then` a second training follows, on what the first has left.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import yaml
-
 from ..organism import OrganismSettings
 from ..organism.build import DATA_NAMES
-from ..recipes import VERBS, Recipe, RecipeError, load_recipe, verb_of
+from ..recipes import VERBS, RecipeError, verb_of
 from ..recipes.loading import shown, unknown
 from ..recipes.reading import Given, read_yaml
 from ..recipes.values import UnfitError, fit, nearest
 from .cells import Cell, expand, slug_of
 from .evaluate_keys import EvaluateKeys, Evaluation
+from .stages import (
+    FIRST,
+    ORGANISM_DATA,
+    OWN_KEYS,
+    SECOND,
+    SELECTS,
+    Stage,
+    ThenKeys,
+    cell_recipe,
+    split,
+    waits,
+    with_organism,
+)
 
 T = TypeVar("T")
 
 VERB = "sweep"
-OWN_KEYS = ("verb", "output_dir", "seed", "data_seed", "resume_from_checkpoint", "push_to_hub")
-"""Keys of a recipe that belong to the sweep, not to a cell."""
-ORGANISM_DATA = ("dataset_name", "benign_dataset_name", "retain_dataset_name")
-"""Keys that name a file of the organism where the grid has one."""
 ORGANISM_MODELS = ("model", "base")
 """Folders of its models: aligned, and before the alignment."""
 
@@ -52,6 +58,9 @@ class GridKeys:
         organism (`dict`, *optional*):
             Every seed builds, once, the embedded organism with these settings ([`OrganismSettings`]; `{}` for the
             usual one), and uses its model and its data files.
+        then (`dict`, *optional*):
+            A second training of every cell, on what the first has left ([`~trl_robust.sweep.stages.ThenKeys`]). Its
+            keys stand beside those of the first with `then.` before their names.
         seeds (`list[int]`, *optional*):
             Every cell runs once a seed; that of the base recipe by default.
         set (`dict`, *optional*):
@@ -74,6 +83,7 @@ class GridKeys:
     recipe: str | None = None
     output_dir: str | None = None
     organism: dict | None = None
+    then: dict | None = None
     seeds: list[int] = field(default_factory=list)
     set: dict = field(default_factory=dict)
     axes: dict = field(default_factory=dict)
@@ -85,6 +95,25 @@ class GridKeys:
 
 
 @dataclass(frozen=True)
+class Then:
+    """
+    The second stage of all cells.
+
+    Args:
+        verb (`str`):
+            Its training verb.
+        recipe (`Path`):
+            Its recipe.
+        settings (`dict`):
+            That recipe under `set`.
+    """
+
+    verb: str
+    recipe: Path
+    settings: dict[str, Any] = field(hash=False, repr=False)
+
+
+@dataclass(frozen=True)
 class Grid:
     """
     A grid that has been read and expanded.
@@ -93,9 +122,11 @@ class Grid:
         path (`Path`):
             Its file.
         verb (`str`):
-            The training verb of its cells.
+            The training verb of its cells; of their first stage, where there are two.
         recipe (`Path`):
             The base recipe.
+        then ([`Then`], *optional*):
+            The second stage of its cells.
         output_dir (`Path`):
             Where everything goes.
         seeds (`tuple[int, ...]`):
@@ -117,6 +148,7 @@ class Grid:
     path: Path
     verb: str
     recipe: Path
+    then: Then | None
     output_dir: Path
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
@@ -135,42 +167,22 @@ class Grid:
         return self.output_dir / "cells" / slug_of(name) / f"seed-{seed}"
 
     def settings(self, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        """A cell's settings with a seed and the organism's files."""
-        return _with_organism(dict(settings), self.organism_folder(seed) if self.organism else None) | {"seed": seed}
+        """A cell's settings with a seed and the organism's files; of two stages those of the first."""
+        return self.stages(settings, seed)[0].settings
 
+    def stages(self, settings: Mapping[str, Any], seed: int) -> list[Stage]:
+        """The trainings of a cell with these settings and a seed, on the organism's files."""
+        own = split(settings)
+        all_of = [(self.verb, own[0])]
+        if self.then is not None:
+            all_of.append((self.then.verb, {**self.then.settings, **own[1]}))
+        folder = self.organism_folder(seed) if self.organism else None
+        return [Stage(verb, with_organism(dict(keys), folder) | {"seed": seed}) for verb, keys in all_of]
 
-def cell_recipe(verb: str, settings: Mapping[str, Any], *, check: bool = False, this_machine: bool = False) -> Recipe:
-    """
-    Reads a cell's settings as a recipe.
-
-    Args:
-        verb (`str`):
-            Training verb.
-        settings (`Mapping`):
-            All keys.
-        check (`bool`, *optional*, defaults to `False`):
-            As for [`~trl_robust.recipes.load_recipe`].
-        this_machine (`bool`, *optional*, defaults to `False`):
-            As there.
-
-    Returns:
-        [`~trl_robust.recipes.Recipe`].
-
-    Raises:
-        [`~trl_robust.recipes.RecipeError`]: what is wrong with them.
-    """
-    # By way of a file: of what can stand in a recipe, a command line takes a part only.
-    with tempfile.TemporaryDirectory(prefix="trl-robust-") as folder:
-        file = Path(folder) / "cell.yaml"
-        text = yaml.safe_dump({**settings, "verb": verb}, sort_keys=False, allow_unicode=True)
-        file.write_text(text, encoding="utf-8")
-        try:
-            recipe = load_recipe(verb, ["--config", str(file)], check=check, this_machine=this_machine)
-        except RecipeError as error:
-            faults = [re.sub(r" \(line [^)]*\)", "", fault) for fault in error.faults]
-            raise RecipeError(faults, "The cell") from error
-    recipe.path = None
-    return recipe
+    def before(self, seed: int) -> Stage:
+        """What names the model before training: that which comes out trained, not one that only chooses rows."""
+        first, *later = self.stages(self.start, seed)
+        return next((stage for stage in later if not waits(stage.settings.get("model_name_or_path"))), first)
 
 
 def load_grid(path: Path, *, output_dir: str | None = None, seeds: list[int] | None = None) -> Grid:
@@ -201,7 +213,13 @@ def load_grid(path: Path, *, output_dir: str | None = None, seeds: list[int] | N
         faults.append("`output_dir` is missing: name the folder for everything that is written.")
     if keys.verb != VERB:
         faults.append(f"`verb` is {keys.verb}; a grid's is `{VERB}`.")
-    base_path, verb, base = _base_recipe(path, keys.recipe, faults)
+    base_path, verb, base = _base_recipe(path, keys.recipe, "the recipe that the cells are variants of", faults)
+    then = _then(path, keys.then, faults)
+    if verb == SELECTS and keys.then is None:
+        faults.append(
+            f"`recipe` {base_path} is for `{SELECTS}`, which leaves rows and no model to measure. Give `then` a recipe "
+            "that trains on them."
+        )
     organism = _organism(keys.organism, faults)
     evaluation = _evaluation(keys.evaluate, organism is not None, faults)
     start = {**{name: value for name, value in base.items() if name not in OWN_KEYS}, **keys.set}
@@ -215,6 +233,7 @@ def load_grid(path: Path, *, output_dir: str | None = None, seeds: list[int] | N
         path=path,
         verb=verb or "",
         recipe=base_path,
+        then=then,
         output_dir=Path(keys.output_dir or ".").expanduser(),
         seeds=tuple(seeds),
         cells=tuple(cells),
@@ -224,7 +243,7 @@ def load_grid(path: Path, *, output_dir: str | None = None, seeds: list[int] | N
         keep_models=keys.keep_models,
         start=start,
     )
-    if verb is not None and seeds:
+    if verb is not None and seeds and (then is not None or keys.then is None):
         faults += _faults_of_cells(grid)
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)), str(path))
@@ -261,10 +280,12 @@ def fit_keys(cls: type[T], given: Mapping[str, Given], faults: list[str], inside
     return cls(**values)
 
 
-def _base_recipe(grid: Path, recipe: str | None, faults: list[str]) -> tuple[Path, str | None, dict[str, Any]]:
-    """The base recipe's file, its verb if it trains, and its keys."""
+def _base_recipe(
+    grid: Path, recipe: str | None, what: str, faults: list[str]
+) -> tuple[Path, str | None, dict[str, Any]]:
+    """A base recipe's file, its verb if it trains, and its keys without those that are the sweep's."""
     if recipe is None:
-        faults.append("`recipe` is missing: name the recipe that the cells are variants of, relative to this file.")
+        faults.append(f"`recipe` is missing: name {what}, relative to this file.")
         return grid, None, {}
     path = Path(recipe).expanduser()
     path = Path(os.path.normpath(grid.parent / path))  # an absolute path stays itself
@@ -322,14 +343,6 @@ def _evaluation(given: dict, organism: bool, faults: list[str]) -> Evaluation:
     evaluation, problems = keys.evaluation(organism)
     faults += found + [f"`evaluate`: {problem}" for problem in problems]
     return evaluation
-
-
-def _with_organism(settings: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    if folder is None:
-        return settings
-    files = {key: str(folder / "data" / Path(settings[key]).name) for key in ORGANISM_DATA if settings.get(key)}
-    model = Path(settings.get("model_name_or_path") or "model").name
-    return {**settings, "model_name_or_path": str(folder / model), **files}
 
 
 def _faults_of_cells(grid: Grid) -> list[str]:
