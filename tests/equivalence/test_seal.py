@@ -206,13 +206,13 @@ class TestSelector:
         assert loaded.settings["penalty_strength"] == 0.5 and loaded.settings["updates"] == 12
 
     def test_averaging_is_over_the_updates_of_the_last_epoch(self, tmp_path):
-        trainer = make(tmp_path, **LEARNS)
+        trainer = make(tmp_path, **LEARNS, selector_average=True)
         seen = []
         move = trainer.learner.step
         trainer.learner.step = lambda *given: (move(*given), seen.append(trainer.learner.logits.clone()))
         trainer.train()
         assert torch.allclose(trainer.learner.result, torch.stack(seen[-4:]).mean(0), atol=1e-12)
-        last = train(tmp_path / "last", **LEARNS, selector_average=False)
+        last = train(tmp_path / "last", **LEARNS)
         assert torch.equal(last.selector.logits, seen[-1])
 
 
@@ -221,7 +221,12 @@ class TestResuming:
         "changes",
         [
             {},
-            {"selector_optimizer": "adam", "selector_function": "relu", "selector_learning_rate": 0.05},
+            {
+                "selector_optimizer": "adam",
+                "selector_average": True,
+                "selector_function": "relu",
+                "selector_learning_rate": 0.05,
+            },
             {"penalty_algorithm": "memory_efficient", "penalty_increment": 0.2, "gradient_accumulation_steps": 2},
             {"pairs": True, "selector_optimizer": "exponentiated_gradient", "selector_learning_rate": 0.5},
             {"selection_method": "safe_loss"},

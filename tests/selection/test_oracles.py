@@ -206,15 +206,20 @@ class TestLoaderTable:
 
     rows, batch, epochs = 20_000, 64, 3
 
-    def ranked(self, optimizer, rate, share=1.0):
+    def seen(self, learner):
+        """Ranks of the last visits."""
+        return learner.last_visit_step.argsort(stable=True).argsort().double()
+
+    def ranked(self, optimizer, rate, share=1.0, average=False):
         generator = torch.Generator().manual_seed(0)
         bad = torch.arange(self.rows) < self.rows // 5
         noise = torch.randn(self.rows, generator=generator, dtype=DOUBLE)
         losses = torch.where(bad, 2 * (0.35 * noise).exp(), 0.75 * (0.7 * noise).exp())
-        learner = SelectorLearner(self.rows, optimizer=optimizer, learning_rate=rate)
         stream = CyclingStream(self.rows, seed=1)
         drawn = int(self.rows * share)
         updates = -(-drawn // self.batch)
+        start_of_mean = (self.epochs - 1) * updates if average else None
+        learner = SelectorLearner(self.rows, optimizer=optimizer, learning_rate=rate, average_from=start_of_mean)
         for epoch in range(self.epochs):
             for number in range(updates):
                 start = number * self.batch
@@ -235,6 +240,14 @@ class TestLoaderTable:
         assert found == pytest.approx(static, abs=0.01) and found >= 0.88
         assert learner.visits.unique().tolist() == [self.epochs]
         assert abs(self.lead_of_the_last_seen(learner)) < 0.15
+
+    def test_averaging_over_the_last_epoch_makes_sgd_rank_by_time(self):
+        _, _, learner = self.ranked("sgd", 0.25 * self.batch / self.epochs, average=True)
+        last, mean = (
+            torch.corrcoef(torch.stack([values.argsort().argsort().double(), self.seen(learner)]))[0, 1]
+            for values in (learner.logits, learner.result)
+        )
+        assert abs(last) < 0.03 and mean == pytest.approx(0.12, abs=0.04)
 
     def test_adam_ranks_rows_by_when_they_were_seen(self):
         _, found, learner = self.ranked("adam", 5e-3)

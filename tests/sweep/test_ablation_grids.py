@@ -5,8 +5,9 @@ import math
 import pytest
 
 from trl_robust.recipes import recipes_folder, verb_of
-from trl_robust.sweep.grid import cell_recipe, load_grid
+from trl_robust.sweep.grid import load_grid
 from trl_robust.sweep.planning import make_plan
+from trl_robust.sweep.stages import cell_recipe
 from trl_robust.threat.sites import resolve_sites
 
 FOLDER = recipes_folder() / "ablations"

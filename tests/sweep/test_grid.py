@@ -6,7 +6,8 @@ from recipe_parts import settings, write_recipe
 
 from trl_robust.cli import main
 from trl_robust.recipes import RecipeError
-from trl_robust.sweep.grid import cell_recipe, load_grid
+from trl_robust.sweep.grid import load_grid
+from trl_robust.sweep.stages import cell_recipe
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[2] / "docs"))
 import make_lap_fig5 as fig5
 
 from trl_robust.scripts import training
-from trl_robust.sweep.grid import cell_recipe
+from trl_robust.sweep.stages import cell_recipe
 
 OTHERS = ("attack_sites", "attack_radius", "attack_steps", "attack_optimizer", "away_coef", "benign_dataset_name")
 

@@ -9,9 +9,10 @@ from recipe_parts import settings
 from safetensors.torch import load_file
 
 from trl_robust.scripts import training
-from trl_robust.sweep.grid import cell_recipe, load_grid
+from trl_robust.sweep.grid import load_grid
 from trl_robust.sweep.planning import make_plan
 from trl_robust.sweep.same import Shape, adam_reach, effect_of
+from trl_robust.sweep.stages import cell_recipe
 
 SHAPE = Shape(num_layers=32, hidden_size=4096)
 FREE = {"attack_optimizer": "adamw", "attack_steps": 16, "attack_learning_rate": 1e-3}  # reaches about 1 in l2

@@ -6,8 +6,8 @@ from recipe_parts import settings
 from safetensors.torch import load_file
 
 from trl_robust.scripts import training
-from trl_robust.sweep.grid import cell_recipe
 from trl_robust.sweep.same import Shape, effect_of
+from trl_robust.sweep.stages import cell_recipe
 
 SHAPE = Shape(num_layers=32, hidden_size=4096)
 OTHERS = ("attack_sites", "attack_radius", "attack_steps", "attack_optimizer", "away_coef", "benign_dataset_name")

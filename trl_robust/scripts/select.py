@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict, dataclass, field
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,14 +235,44 @@ def run(args: SelectArguments) -> dict[str, Any]:
     }
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{KEPT}.partial"
-    written.to_json(draft, force_ascii=False)
-    draft.replace(folder / KEPT)
+    write_rows(folder / KEPT, written)
     write_json(folder / SUMMARY, summary)
     page = write_selection_report(folder, show_rows=args.show_rows)
     _tell(chosen, summary, kept, written)
     print(f"Rows: {folder / KEPT}\nReport: {page}")
     return summary
+
+
+def write_rows(path: Path, rows: Dataset) -> None:
+    """
+    Writes rows as JSON lines, with every value as it is: `Dataset.to_json` rounds numbers to 10 decimals.
+
+    Args:
+        path (`Path`):
+            Where; it is either there in full or not at all.
+        rows ([`~datasets.Dataset`]):
+            What.
+
+    Raises:
+        [`~trl_robust.data.DataError`]: values that JSON does not have, such as images.
+    """
+    draft = path.with_name(f".{path.name}.partial")
+    with draft.open("w", encoding="utf-8") as file:
+        for row in rows:
+            # JSON has no nan, and readers of JSON lines stumble over it.
+            plain = {name: None if value != value else value for name, value in row.items()}
+            file.write(json.dumps(plain, ensure_ascii=False, default=_in_json) + "\n")
+    draft.replace(path)
+
+
+def _in_json(value: Any) -> str:
+    from ..data import DataError
+
+    if isinstance(value, date | time | timedelta | Decimal):  # a datetime is a date
+        return str(value)
+    raise DataError(
+        f"The dataset has a value of type {type(value).__name__}, which JSON lines cannot hold. Remove its column."
+    )
 
 
 def _none_kept(args: SelectArguments, largest: float) -> str:
@@ -268,9 +301,9 @@ def _tell(chosen: Selection, summary: dict[str, Any], kept: Dataset, written: Da
             f"{rows['kept_without_score']} of them are kept."
         )
     if chosen.missing:
-        lines.append(f"{chosen.missing} rows that the selector knows are not in the dataset.")
+        lines.append(f"Rows that the selector knows and the dataset lacks: {chosen.missing}.")
     if len(written) > len(kept):
-        lines.append(f"{len(written) - len(kept)} demonstrations are mixed in.")
+        lines.append(f"Demonstrations mixed in: {len(written) - len(kept)}.")
     if lost := [column for column in kept.column_names if column not in written.column_names]:
         lines.append(f"Columns that the demonstrations lack are left out: {', '.join(lost)}.")
     lines += summary["warnings"]

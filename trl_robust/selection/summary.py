@@ -326,7 +326,7 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
                 f"{name} has scored only {agreement['n']} of the {counts['scored']} rows. Compare selectors of the "
                 "same dataset."
             )
-        if agreement["flagged"]:
+        if agreement["flagged"] and agreement["method"] != "random" and found["method"] != "random":
             said.append(
                 f"{name} ranks the rows otherwise (Spearman's rho {agreement['rho']:.2f}, below {AGREEMENT}). Compare "
                 "the rows that both put first before relying on either; a selector of another model or seed should "

@@ -15,32 +15,18 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from ..organism import OrganismSettings
-from ..organism.build import DATA_NAMES
 from ..recipes import VERBS, RecipeError, verb_of
 from ..recipes.loading import shown, unknown
 from ..recipes.reading import Given, read_yaml
 from ..recipes.values import UnfitError, fit, nearest
 from .cells import Cell, expand, slug_of
 from .evaluate_keys import EvaluateKeys, Evaluation
-from .stages import (
-    FIRST,
-    ORGANISM_DATA,
-    OWN_KEYS,
-    SECOND,
-    SELECTS,
-    Stage,
-    ThenKeys,
-    cell_recipe,
-    split,
-    waits,
-    with_organism,
-)
+from .faults import faults_of_cells
+from .stages import OWN_KEYS, SELECTS, Stage, ThenKeys, split, waits, with_organism
 
 T = TypeVar("T")
 
 VERB = "sweep"
-ORGANISM_MODELS = ("model", "base")
-"""Folders of its models: aligned, and before the alignment."""
 
 
 @dataclass
@@ -217,8 +203,8 @@ def load_grid(path: Path, *, output_dir: str | None = None, seeds: list[int] | N
     then = _then(path, keys.then, faults)
     if verb == SELECTS and keys.then is None:
         faults.append(
-            f"`recipe` {base_path} is for `{SELECTS}`, which leaves rows and no model to measure. Give `then` a recipe "
-            "that trains on them."
+            f"`recipe` {base_path} is for `{SELECTS}`, which leaves rows and no model to measure. Give `then` a "
+            "recipe that trains on them."
         )
     organism = _organism(keys.organism, faults)
     evaluation = _evaluation(keys.evaluate, organism is not None, faults)
@@ -244,7 +230,7 @@ def load_grid(path: Path, *, output_dir: str | None = None, seeds: list[int] | N
         start=start,
     )
     if verb is not None and seeds and (then is not None or keys.then is None):
-        faults += _faults_of_cells(grid)
+        faults += faults_of_cells(grid)
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)), str(path))
     return grid
@@ -283,7 +269,7 @@ def fit_keys(cls: type[T], given: Mapping[str, Given], faults: list[str], inside
 def _base_recipe(
     grid: Path, recipe: str | None, what: str, faults: list[str]
 ) -> tuple[Path, str | None, dict[str, Any]]:
-    """A base recipe's file, its verb if it trains, and its keys without those that are the sweep's."""
+    """A base recipe's file, its verb if it trains, and its keys."""
     if recipe is None:
         faults.append(f"`recipe` is missing: name {what}, relative to this file.")
         return grid, None, {}
@@ -345,33 +331,17 @@ def _evaluation(given: dict, organism: bool, faults: list[str]) -> Evaluation:
     return evaluation
 
 
-def _faults_of_cells(grid: Grid) -> list[str]:
-    """What is wrong with the cells as recipes; what is wrong with all of them is said once."""
-    found: dict[str, list[str]] = {}
-    for cell in grid.cells:
-        faults = [f"`{key}` belongs to the sweep. Remove it." for key in cell.settings if key in OWN_KEYS]
-        if "env" in cell.own:  # one process runs many cells
-            faults.append("`env` is the same for all cells. Set it in the base recipe.")
-        if grid.organism is not None:
-            faults += [
-                f"`{key}` is {cell.settings[key]}; with `organism` it is one of the organism's files: "
-                f"{', '.join(DATA_NAMES)}."
-                for key in ORGANISM_DATA
-                if cell.settings.get(key) and Path(cell.settings[key]).name not in DATA_NAMES
-            ]
-            if Path(model := cell.settings.get("model_name_or_path") or "model").name not in ORGANISM_MODELS:
-                faults.append(f"`model_name_or_path` is {model}; with `organism` it is its `base` or its `model`.")
-        try:
-            recipe = cell_recipe(grid.verb, grid.settings(cell.settings, grid.seeds[0]))
-        except RecipeError as error:
-            faults += error.faults
-        else:
-            if recipe.launch:
-                faults.append(f"{', '.join(f'`{key}`' for key in recipe.launch)}: cells run in one process each.")
-        for fault in dict.fromkeys(faults):
-            found.setdefault(fault, []).append(cell.name)
-    lines = []
-    for fault, names in found.items():
-        which = "Every cell" if len(names) == len(grid.cells) > 1 else ", ".join(f"Cell {name!r}" for name in names)
-        lines.append(f"{which}: {fault}")
-    return lines
+def _then(grid: Path, given: dict | None, faults: list[str]) -> Then | None:
+    """The second stage; none where its recipe cannot be read, which is then among the faults."""
+    if given is None:
+        return None
+    found: list[str] = []
+    keys = fit_keys(ThenKeys, {str(key): Given(value, "`then`") for key, value in given.items()}, found)
+    path, verb, base = _base_recipe(grid, keys.recipe, "the recipe of the second stage", found)
+    if verb == SELECTS:
+        found.append(
+            f"`recipe` {path} is for `{SELECTS}`, which leaves rows and no model to measure. Name one for it."
+        )
+    faults += [f"`then`: {fault}" for fault in found]
+    settings = {**{name: value for name, value in base.items() if name not in OWN_KEYS}, **keys.set}
+    return Then(verb, path, settings) if verb is not None else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +14,12 @@ from ..estimate.shapes import find_config
 from ..organism.model import make_model, make_tokenizer
 from ..recipes import Recipe, RecipeError, resolved_recipe
 from .cells import BEFORE, Cell
-from .grid import ORGANISM_DATA, OWN_KEYS, Grid, cell_recipe
-from .same import Shape, effect_of, why_same
-from .work import DONE, CellWork, OrganismWork
+from .grid import Grid
+from .same import Effect, Shape, all_settings, effect_of, why_same
+from .stages import ORGANISM_DATA, OWN_KEYS, Stage, waits
+from .work import DONE, EARLIER, CellWork, OrganismWork
 
 LIBRARIES = ("trl-robust", "torch", "trl", "transformers")
-DATA_KEYS = ("dataset_name", "benign_dataset_name", "retain_dataset_name")
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,19 @@ def make_plan(grid: Grid) -> Plan:
     Returns:
         [`Plan`].
     """
-    recipes = {cell.name: cell_recipe(grid.verb, grid.settings(cell.settings, grid.seeds[0])) for cell in grid.cells}
+    recipes = {
+        cell.name: [stage.recipe() for stage in grid.stages(cell.settings, grid.seeds[0])] for cell in grid.cells
+    }
     notes: list[str] = []
     same = _same(grid, recipes, notes)
     organisms = []
     if grid.organism is not None:
         organisms = [OrganismWork(grid.organism_folder(seed), seed, grid.organism) for seed in grid.seeds]
     # The model before training depends on the seed only where the seed makes the model.
-    runs = [_run(grid, BEFORE, grid.start, seed) for seed in (grid.seeds if organisms else grid.seeds[:1])]
+    before = grid.seeds if organisms else grid.seeds[:1]
+    runs = [_run(grid, BEFORE, [grid.before(seed)], seed) for seed in before]
     runs += [
-        _run(grid, cell.name, cell.settings, seed)
+        _run(grid, cell.name, grid.stages(cell.settings, seed), seed)
         for seed in grid.seeds  # outermost, so that what is there after an interruption can be compared
         for cell in grid.cells
         if cell.name not in same
@@ -76,16 +79,13 @@ def make_plan(grid: Grid) -> Plan:
     return Plan(organisms, runs, same, notes)
 
 
-def _run(grid: Grid, name: str, own: Mapping[str, Any], seed: int) -> CellWork:
-    settings = grid.settings(own, seed)
-    recipe = cell_recipe(grid.verb, settings)
-    identity = _identity(grid, recipe, name, seed)
+def _run(grid: Grid, name: str, stages: Sequence[Stage], seed: int) -> CellWork:
+    identity = _identity(grid, [stage.recipe() for stage in stages], name, seed)
     return CellWork(
         name=name,
         seed=seed,
         folder=grid.folder(name, seed),
-        verb=grid.verb,
-        settings=settings,
+        stages=tuple(stages),
         trains=name != BEFORE,
         identity=identity,
         fingerprint=fingerprint(identity),
@@ -95,18 +95,19 @@ def _run(grid: Grid, name: str, own: Mapping[str, Any], seed: int) -> CellWork:
     )
 
 
-def _identity(grid: Grid, recipe: Recipe, name: str, seed: int) -> dict[str, Any]:
+def _identity(grid: Grid, recipes: Sequence[Recipe], name: str, seed: int) -> dict[str, Any]:
     """All that decides what a run gives. Where it is written does not, nor where the organism is."""
-    settings = resolved_recipe(recipe)
-    if grid.organism is not None:
-        settings |= {key: Path(settings[key]).name for key in ORGANISM_DATA if settings.get(key)}
-        settings["model_name_or_path"] = f"organism/{Path(settings['model_name_or_path']).name}"
+    *earlier, last = [_training(grid, recipe) for recipe in recipes]
+    before = {EARLIER: _own(earlier[0])} if earlier else {}
     if name == BEFORE:
-        settings = {"model_name_or_path": settings["model_name_or_path"]}
-    names = [] if grid.organism or name == BEFORE else [settings.get(key) for key in DATA_KEYS]
-    files = {str(file): _hash(file) for file in (*names, *grid.evaluation.files()) if file and Path(file).is_file()}
+        last = {"model_name_or_path": last["model_name_or_path"]}
+    named = (
+        [] if grid.organism or name == BEFORE else [one.get(key) for one in (*earlier, last) for key in ORGANISM_DATA]
+    )
+    files = {str(file): _hash(file) for file in (*named, *grid.evaluation.files()) if file and Path(file).is_file()}
     identity = {
-        "training": {key: value for key, value in settings.items() if key not in OWN_KEYS},
+        **before,
+        "training": _own(last),
         "seed": seed,
         "organism": asdict(grid.organism) if grid.organism is not None else None,
         "evaluation": grid.evaluation.identity(),
@@ -115,6 +116,21 @@ def _identity(grid: Grid, recipe: Recipe, name: str, seed: int) -> dict[str, Any
     }
     # As it will be read again: tuples become lists, enumerations their values.
     return json.loads(json.dumps(identity, default=lambda value: getattr(value, "value", str(value))))
+
+
+def _own(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in OWN_KEYS}
+
+
+def _training(grid: Grid, recipe: Recipe) -> dict[str, Any]:
+    """Settings of a stage, with an organism's files by their names."""
+    settings = resolved_recipe(recipe)
+    if grid.organism is not None:
+        own = [key for key in ORGANISM_DATA if settings.get(key) and not waits(settings[key])]
+        settings |= {key: Path(settings[key]).name for key in own}
+        if not waits(model := settings["model_name_or_path"]):
+            settings["model_name_or_path"] = f"organism/{Path(model).name}"
+    return settings
 
 
 def _hash(file: str) -> str:
@@ -169,29 +185,35 @@ def _changes(before: Any, now: Any, path: str = "") -> list[str]:
     return [] if before == now else [f"{path}: {before} -> {now}"]
 
 
-def _same(grid: Grid, recipes: Mapping[str, Recipe], notes: list[str]) -> dict[str, tuple[str, str]]:
+def _same(grid: Grid, recipes: Mapping[str, Sequence[Recipe]], notes: list[str]) -> dict[str, tuple[str, str]]:
     """Cells that cannot differ from another one: its name, and why."""
     shapes: dict[str, Shape | None] = {}
-    for recipe in recipes.values():
-        model = str(recipe.model.model_name_or_path)
-        if model not in shapes:
-            shapes[model] = _shape(grid, recipe)
-            if shapes[model] is None:
-                notes.append(
-                    f"The configuration of {model} is not to be had, so that sites and radii are compared as written."
-                )
-    effects = {
-        name: effect_of(recipe, shapes[str(recipe.model.model_name_or_path)]) for name, recipe in recipes.items()
-    }
+    effects: dict[str, list[Effect]] = {}
+    for name, stages in recipes.items():
+        effects[name] = []
+        for recipe in stages:
+            # A model that a first stage leaves has the shape of the one it began with.
+            named = stages[0] if waits(recipe.model.model_name_or_path) else recipe
+            model = str(named.model.model_name_or_path)
+            if model not in shapes:
+                shapes[model] = _shape(grid, named)
+                if shapes[model] is None:
+                    notes.append(
+                        f"The configuration of {model} is not to be had, so that sites and radii are compared as "
+                        "written."
+                    )
+            effects[name].append(effect_of(recipe, shapes[model]))
     # The baseline stands for its like, since differences are taken to it.
     order = sorted(grid.cells, key=lambda cell: cell.name != grid.baseline)
-    first: dict[str, Cell] = {}
+    first: dict[tuple[str, ...], Cell] = {}
     same = {}
     for cell in order:
-        other = first.setdefault(effects[cell.name].key, cell).name
+        other = first.setdefault(tuple(effect.key for effect in effects[cell.name]), cell).name
         if other != cell.name:
-            pair = (recipes[other], recipes[cell.name])
-            same[cell.name] = (other, why_same(pair, (effects[other], effects[cell.name])))
+            pairs = zip(recipes[other], recipes[cell.name], effects[other], effects[cell.name], strict=True)
+            differing = [pair for pair in pairs if all_settings(pair[0]) != all_settings(pair[1])]
+            reasons = [why_same(pair[:2], pair[2:]) for pair in differing]
+            same[cell.name] = (other, "; ".join(reasons) or "they have the same settings")
     return same
 
 

@@ -15,11 +15,12 @@ from ..recipes import RecipeError
 from ..scripts.inputs import folder_fault
 from ..scripts.interruption import Interrupted
 from ..scripts.quiet import quiet
-from .grid import Grid, cell_recipe
+from .grid import Grid
 from .locking import only_one
 from .measures import check_evaluation
 from .planning import Plan, make_plan, refuse_changed
 from .serving import Outcome, Work
+from .stages import before_the_first
 from .table import tabulate
 from .work import CellWork, OrganismWork, clean
 from .workers import Worker, run_all
@@ -102,9 +103,9 @@ def _run_missing(grid: Grid, plan: Plan, jobs: int | None, failed: dict[str, str
         with quiet():
             check_evaluation(grid.evaluation)
         baseline = next(cell for cell in grid.cells if cell.name == grid.baseline)
-        settings = grid.settings(baseline.settings, grid.seeds[0])
         with quiet():
-            cell_recipe(grid.verb, settings, check=True, this_machine=True)
+            for stage in before_the_first(grid.stages(baseline.settings, grid.seeds[0])):
+                stage.recipe(check=True, this_machine=True)
     workers, threads, gpus = _share(jobs)
     seeds = {run.seed for run in missing}
     organisms = [work for work in plan.organisms if work.seed in seeds]

@@ -20,6 +20,8 @@ from ..recipes.arguments import PARTS
 from ..recipes.shares import is_lap
 from ..threat.sites import resolve_sites
 from .same_paraphrases import drop_unread_of_paraphrases
+from .same_selections import drop_unread_of_selections
+from .stages import SELECTS
 
 BETAS = (0.9, 0.999)
 """Of the AdamW that searches perturbations: torch's own."""
@@ -94,6 +96,9 @@ def effect_of(recipe: Recipe, shape: Shape | None) -> Effect:
     training = recipe.training
     if is_lap(recipe):
         drop_unread_of_paraphrases(training, found, shape.num_layers if shape is not None else None)
+        return found
+    if recipe.verb == SELECTS:
+        drop_unread_of_selections(training, found)
         return found
     _drop_unread(recipe, found)
     if not training.attacks:

@@ -1,4 +1,4 @@
-"""The trainings of a cell: one, or two where the grid has `then`, of which the second takes what the first has left."""
+"""The trainings of a cell: one, or two where the grid has `then`. The second then takes what the first has left."""
 
 from __future__ import annotations
 

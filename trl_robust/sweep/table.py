@@ -15,9 +15,10 @@ from .grid import Grid
 from .measures import COMPLIANCE, UTILITY
 from .planning import Plan
 from .serving import TRAINING
+from .stages import SELECTION, selection_of
 from .statistics import Estimate, Scores, difference_of, mean_of, mean_over, product_of, scores_of
 from .wordings import MEASURES, scores_by_case
-from .work import DONE, HARMLESS, MEASURING, WORDINGS
+from .work import DONE, EARLIER, HARMLESS, MEASURING, WORDINGS
 
 SCHEMA = 1
 MEAN = "mean success"
@@ -91,6 +92,7 @@ def tabulate(grid: Grid, plan: Plan, failed: Mapping[str, str]) -> dict[str, Any
         "grid": str(grid.path),
         "recipe": str(grid.recipe),
         "verb": grid.verb,
+        "then": {"verb": grid.then.verb, "recipe": str(grid.then.recipe)} if grid.then is not None else None,
         "baseline": grid.baseline,
         "seeds": list(grid.seeds),
         "attacks": attacks,
@@ -124,6 +126,9 @@ def _read(folders: Mapping[int, Path], attacks: Sequence[str], mean_attacks: Seq
             found.add(UTILITY, seed, {"benchmarks": value})  # lm-eval gives no rows
         for name, task in entry.get("benchmarks", {}).items():
             found.add(f"{name} (lm-eval)", seed, {"benchmarks": task["value"]})
+        for name, value in selection_of(folder / EARLIER).items():
+            if name in SELECTION:
+                found.add(name, seed, {"selection": value})
         found.runs.append(_run(seed, folder, entry))
     return found
 
@@ -144,6 +149,7 @@ def _run(seed: int, folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
         "over_refusal": entry["over_refusal"].get("value"),
         "boundary_fraction": record.get("losses", {}).get("boundary_fraction"),
         "search": _search(folder / TRAINER_STATE_NAME),
+        "selection": selection_of(folder / EARLIER),
         "updates": train.get("updates"),
         "forward_passes": train.get("forward_passes"),
         "seconds": {"training": done["seconds"][TRAINING], "measuring": done["seconds"][MEASURING]},
@@ -160,7 +166,7 @@ def _search(state: Path) -> dict[str, float]:
 
 
 def _figures(name: str, scored: Scored, baseline: Scored, measures: Sequence[str]) -> dict[str, Any]:
-    more = [measure for measure in scored.by_measure if measure.endswith(" (lm-eval)")]
+    more = [measure for measure in scored.by_measure if measure.endswith(" (lm-eval)") or measure in SELECTION]
     measures = [*measures, *more]
     figures: dict[str, Estimate] = {measure: mean_of(scored.scores(measure)) for measure in measures}
     figures[PRODUCT] = _product(scored)

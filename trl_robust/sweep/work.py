@@ -19,15 +19,21 @@ from ..organism import OrganismSettings, build_organism
 from ..recipes import recipe_text, resolved_recipe
 from ..scripts.quiet import quiet
 from ..scripts.run_folder import RECIPE, RUN, write_json
+from ..scripts.seal import run as select
 from ..scripts.training import run as train
 from .evaluate_keys import Evaluation
-from .grid import cell_recipe
 from .measures import measure, suite_of
 from .serving import ERROR, TRAINING, Say
+from .stages import SELECTS, Stage
 
 STARTED, DONE = "settings.json", "cell.json"
 """Written first and last into the folder of a cell's run. Without the last it is not finished."""
+EARLIER = "first"
+"""The first of two stages: its folder in that of the run, and its settings in the run's identity, which has those of
+the last stage as `training`."""
 MODEL, HARMLESS, WORDINGS, LOG = "model", "harmless.jsonl", "wordings.jsonl", "log.txt"
+WEIGHTS, SELECTOR = (".safetensors", ".bin"), "selector.safetensors"
+"""Files of weights; what a selection is made of is none and stays."""
 CURVES = "lap_curves.jsonl"
 """What a search for paraphrases writes on request, beside the weights."""
 BUILDING, MEASURING = "building the organism", "measuring"
@@ -78,12 +84,10 @@ class CellWork:
             Seed.
         folder (`Path`):
             Where everything of it goes.
-        verb (`str`):
-            Training verb.
-        settings (`dict`):
-            All keys of the recipe but `output_dir`.
+        stages (`tuple` of [`~trl_robust.sweep.stages.Stage`]):
+            One training, or two of which the second takes what the first leaves.
         trains (`bool`):
-            Whether there is something to train, or only the model to measure that the settings name.
+            Whether there is something to train, or only the model to measure that the stage names.
         identity (`dict`):
             All that decides what comes out, for [`fingerprint`].
         fingerprint (`str`):
@@ -99,8 +103,7 @@ class CellWork:
     name: str
     seed: int
     folder: Path
-    verb: str
-    settings: dict[str, Any] = field(repr=False)
+    stages: tuple[Stage, ...]
     trains: bool
     identity: dict[str, Any] = field(repr=False)
     fingerprint: str
@@ -119,13 +122,13 @@ class CellWork:
     def run(self, say: Say) -> None:
         """Trains and measures; `say` is told the stage. What an earlier attempt has trained is used."""
         started = time.perf_counter()
-        same_training = self._claim()
-        recipe = cell_recipe(self.verb, self.settings, check=False, this_machine=True)
+        earlier = self._claim()
+        recipe = self.stages[-1].recipe(this_machine=True)
         model: str | Path = str(recipe.model.model_name_or_path)
         with quiet():
             if self.trains:
                 say(TRAINING)
-                model = self._train(same_training)
+                model = self._train(earlier)
                 _release_memory()
             trained = time.perf_counter()
             say(MEASURING)
@@ -166,32 +169,42 @@ class CellWork:
         write_json(self.folder / DONE, record)
         clean(self.folder, self.keep_model)
 
-    def _claim(self) -> bool:
-        """Marks the folder as this run's; returns whether what an earlier attempt trained was this training."""
+    def _claim(self) -> dict[str, Any]:
+        """Marks the folder as this run's; returns the settings of an earlier attempt, empty if there was none."""
         started = self.folder / STARTED
-        earlier = json.loads(started.read_text(encoding="utf-8")) if started.is_file() else None
+        earlier = json.loads(started.read_text(encoding="utf-8")) if started.is_file() else {"settings": {}}
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / ERROR).unlink(missing_ok=True)
         write_json(started, {"cell": self.name, "seed": self.seed, "settings": self.identity})
-        return earlier is not None and _training_of(earlier["settings"]) == _training_of(self.identity)
+        return earlier["settings"]
 
-    def _train(self, same_training: bool) -> Path:
-        """Trains, goes on at a checkpoint, or finds the model trained; returns its folder."""
-        folder = self.folder / MODEL
-        settings = {**self.settings, "output_dir": str(folder)}
-        recipe = cell_recipe(self.verb, settings, check=True, this_machine=True)
-        written = folder / RECIPE
-        same = same_training and written.is_file()
-        same = same and written.read_text(encoding="utf-8") == recipe_text(resolved_recipe(recipe))
-        if same and (folder / RUN).is_file():
-            return folder
-        if same and any(folder.glob("checkpoint-*/trainer_state.json")):
-            settings["resume_from_checkpoint"] = "true"
-            recipe = cell_recipe(self.verb, settings, check=True, this_machine=True)
-        elif folder.exists():
-            shutil.rmtree(folder)  # inside a folder that is marked as ours
-        train(recipe, quiet=True)
-        return folder
+    def _train(self, earlier: dict[str, Any]) -> Path:
+        """Goes through the stages; what an earlier attempt has finished, or begun with the same settings, is used."""
+        first, model = self.folder / EARLIER, self.folder / MODEL
+        if len(self.stages) > 1:
+            same = _but(earlier, "training", "evaluation") == _but(self.identity, "training", "evaluation")
+            if not _run_stage(self.stages[0], first, same):
+                shutil.rmtree(model, ignore_errors=True)  # it took what is there no more
+            _release_memory()
+        same = _but(earlier, "evaluation") == _but(self.identity, "evaluation")
+        _run_stage(self.stages[-1].after(first), model, same)
+        return model
+
+
+def _run_stage(stage: Stage, folder: Path, same: bool) -> bool:
+    """Trains, goes on at a checkpoint, or finds the stage finished, which is what is returned."""
+    recipe = stage.recipe(check=True, this_machine=True, output_dir=str(folder))
+    written = folder / RECIPE
+    same = same and written.is_file()
+    same = same and written.read_text(encoding="utf-8") == recipe_text(resolved_recipe(recipe))
+    if same and (folder / RUN).is_file():
+        return True
+    if same and any(folder.glob("checkpoint-*/trainer_state.json")):
+        recipe = stage.recipe(check=True, this_machine=True, output_dir=str(folder), resume_from_checkpoint="true")
+    elif folder.exists():
+        shutil.rmtree(folder)  # inside a folder that is marked as ours
+    (select if stage.verb == SELECTS else train)(recipe, quiet=True)
+    return False
 
 
 def _release_memory() -> None:
@@ -201,8 +214,8 @@ def _release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _training_of(identity: dict[str, Any]) -> dict[str, Any]:
-    return {name: part for name, part in identity.items() if name != "evaluation"}
+def _but(identity: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: part for name, part in identity.items() if name not in names}
 
 
 def clean(folder: Path, keep_model: bool) -> None:
@@ -215,5 +228,12 @@ def clean(folder: Path, keep_model: bool) -> None:
         keep_model (`bool`):
             Whether the weights stay.
     """
-    if not keep_model and (folder / DONE).is_file() and (folder / MODEL).is_dir():
+    if keep_model or not (folder / DONE).is_file():
+        return
+    if (folder / MODEL).is_dir():
         shutil.rmtree(folder / MODEL)
+    for path in (folder / EARLIER).glob("checkpoint-*"):
+        shutil.rmtree(path)
+    for path in (folder / EARLIER).glob("*"):
+        if path.suffix in WEIGHTS and path.name != SELECTOR:
+            path.unlink()

@@ -16,6 +16,7 @@ from ..report.tables import markdown_rows, markdown_text
 from ..scripts.run_folder import write_json
 from .cells import BEFORE
 from .picture import picture_files
+from .stages import SELECTION
 from .table import PRODUCT, SEARCH, headline, worth
 from .wordings import MEASURES
 
@@ -34,6 +35,10 @@ OF_WORDINGS = (
 OF_SEARCH = (
     "Of the search, means over the run's log: relative norm of the perturbation (in that of the hidden states), size "
     "of the loss change at its end, share of rows within epsilon, multiplier."
+)
+OF_SELECTION = (
+    "Of the rows that the first stage chose: the chance that the selector ranks a harmless row above a harmful one "
+    "(selector AUROC; higher is better), and the share of the harmful rows that are kept (lower is better)."
 )
 HOW_TO_READ_DIFFERENCES = (
     "Cell minus baseline, on the same requests with the same seeds, so that what is hard for both cancels out. An "
@@ -77,7 +82,7 @@ def markdown(table: Mapping[str, Any], *, picture: bool = True) -> str:
     lines = [
         f"# Sweep: {markdown_text(Path(table['grid']).stem)}",
         "",
-        f"{len(table['cells']) - 1} cells of `{table['verb']}` on `{table['recipe']}`, seeds {seeds}. "
+        f"{len(table['cells']) - 1} cells of {_trainings(table)}, seeds {seeds}. "
         f"{_what_of(table)}Baseline: {baseline}.",
         "",
         " ".join(_how_to_read(table)),
@@ -107,6 +112,11 @@ def markdown(table: Mapping[str, Any], *, picture: bool = True) -> str:
     return "\n".join(lines)
 
 
+def _trainings(table: Mapping[str, Any]) -> str:
+    text = f"`{table['verb']}` on `{table['recipe']}`"
+    return f"{text}, then `{then['verb']}` on `{then['recipe']}`" if (then := table["then"]) else text
+
+
 def _what_of(table: Mapping[str, Any]) -> str:
     judge = f"judge: {table['judge']}. "
     if table["attacks"]:
@@ -120,17 +130,23 @@ def _how_to_read(table: Mapping[str, Any]) -> list[str]:
         (table["attacks"], OF_ATTACKS),
         (table["wordings"], OF_WORDINGS),
         (_searches(table) == list(SEARCH), OF_SEARCH),
+        (any(name in SELECTION for name in _more(table)), OF_SELECTION),
     )
     return [text for shown, text in there if shown]
 
 
 def _searches(table: Mapping[str, Any]) -> list[str]:
     """Columns that tell how the search for perturbations went."""
-    return list(SEARCH) if table["verb"].startswith("lap-") else ["boundary"]
+    trains = table["verb"] if table["then"] is None else table["then"]["verb"]
+    found = list(SEARCH) if trains.startswith("lap-") else ["boundary"]
+    if table["then"] is None:
+        return found
+    runs = [run for cell in table["cells"] for run in cell["runs"]]
+    return [name for name in found if any(_of_search(run, name) is not None for run in runs)]
 
 
 def _figures_table(table: Mapping[str, Any]) -> str:
-    more, searches = _benchmarks(table), _searches(table)
+    more, searches = _more(table), _searches(table)
     measures = [*dict.fromkeys([*headline(table), *worth(table)]), *table["attacks"], *more]
     head = ["cell", "seeds", *measures, *searches, "s a run"]
     rows = []
@@ -154,17 +170,20 @@ def _of_search(run: Mapping[str, Any], name: str) -> float | None:
 
 
 def _differences_table(table: Mapping[str, Any]) -> str:
-    measures = list(dict.fromkeys([*headline(table), *(name for name in worth(table) if name != PRODUCT)]))
+    chosen = [name for name in _more(table) if name in SELECTION]
+    measures = list(dict.fromkeys([*headline(table), *(name for name in worth(table) if name != PRODUCT), *chosen]))
     rows = [
-        [cell["name"], *(_shown(cell["differences"][name], signed=True) for name in measures)]
+        [cell["name"], *(_shown(cell["differences"].get(name), signed=True) for name in measures)]
         for cell in table["cells"]
         if not cell.get("same_as") and cell["name"] != table["baseline"]
     ]
     return markdown_rows(["cell", *measures], rows)
 
 
-def _benchmarks(table: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(name for cell in table["cells"] for name in cell["figures"] if "(lm-eval)" in name))
+def _more(table: Mapping[str, Any]) -> list[str]:
+    """Columns that only some sweeps have: what a first stage chose, and benchmarks."""
+    there = dict.fromkeys(name for cell in table["cells"] for name in cell["figures"])
+    return [name for name in SELECTION if name in there] + [name for name in there if "(lm-eval)" in name]
 
 
 def _shown(estimate: Mapping[str, Any] | None, *, interval: bool = True, signed: bool = False) -> str:
@@ -198,11 +217,13 @@ def csv_text(table: Mapping[str, Any]) -> str:
     searches = [name for name in _searches(table) if name in SEARCH]
     writer = csv.writer(stream, lineterminator="\n")
     seconds = ("training", "measuring")
+    chosen = [*SELECTION, "rows"] if table["then"] else []
     writer.writerow(
         [
             *("cell", "same_as", "seed", "settings"),
             *(f"success {name}" for name in table["attacks"]),
             *(*wordings, *plain, *searches),
+            *(f"{name} kept" if name == "rows" else name for name in chosen),
             *(f"{name} seconds" for name in seconds),
         ]
     )
@@ -212,7 +233,8 @@ def csv_text(table: Mapping[str, Any]) -> str:
             settings = json.dumps(cell.get("settings", {}))
             own = [cell["name"], cell.get("same_as"), run["seed"], settings]
             found = [run["wordings"].get(name) for name in wordings] + [run[name] for name in plain]
-            found += [run["search"].get(name) for name in searches] + [run["seconds"][name] for name in seconds]
+            found += [run["search"].get(name) for name in searches] + [run["selection"].get(name) for name in chosen]
+            found += [run["seconds"][name] for name in seconds]
             writer.writerow([*own, *success, *found])
     return stream.getvalue()
 

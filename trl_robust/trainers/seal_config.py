@@ -46,9 +46,10 @@ class SEALConfig(CheckedArguments, SFTConfig):
             Learning rate of the logits; `0.25 * rows of an update / num_train_epochs` for SGD, `0.25 /
             num_train_epochs` for exponentiated gradient and `4e-3` for Adam if not given. 0 keeps all weights at 1:
             without a safe set, that is plain SFT, bit for bit as TRL's.
-        selector_average (`bool`, *optional*, defaults to `True`):
+        selector_average (`bool`, *optional*, defaults to `False`):
             Whether rows are ranked by the mean of their logits over the updates of the last epoch, rather than by the
-            last one.
+            last one. That smooths Adam's transients. With SGD, which has none, it gives the last visit of a row the
+            less weight the later it comes, and so ranks by time as well (docs/seal.md).
         penalty_strength (`float`, *optional*, defaults to `0.5`):
             Gamma: weight of the training data's loss; that of the safe set's is 1 - gamma. The paper begins at 0.
         penalty_increment (`float`, *optional*, defaults to `0.0`):
@@ -102,7 +103,7 @@ class SEALConfig(CheckedArguments, SFTConfig):
     selector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the logits; from batch and epochs if not given."}
     )
-    selector_average: bool = field(default=True, metadata={"help": "Rank by the mean logits of the last epoch."})
+    selector_average: bool = field(default=False, metadata={"help": "Rank by the mean logits of the last epoch."})
     penalty_strength: float = field(default=0.5, metadata={"help": "Gamma: weight of the training data's loss."})
     penalty_increment: float = field(default=0.0, metadata={"help": "Added to gamma at every later epoch."})
     penalty_max: float = field(default=1.0, metadata={"help": "Gamma is never above it."})
