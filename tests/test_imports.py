@@ -65,6 +65,7 @@ def test_only_compat_trainers_data_scripts_and_recipes_import_trl():
         ("inner", ("inner", "threat", "objectives")),
         ("data", ("data", "threat", "_compat")),
         ("report", ("report",)),
+        ("selection", ("selection", "data", "objectives", "_compat")),
         ("trainers", ("trainers", "inner", "threat", "objectives", "data", "selection", "_compat")),
         ("attacks", ("attacks", "inner", "threat", "objectives", "data", "_compat")),
         ("evaluation", ("evaluation", "attacks", "inner", "threat", "objectives", "data", "_compat")),
@@ -74,7 +75,7 @@ def test_only_compat_trainers_data_scripts_and_recipes_import_trl():
             "sweep",
             (
                 *("sweep", "evaluation", "attacks", "recipes", "report", "organism", "inner", "threat", "data"),
-                *("estimate.shapes", "scripts.training", "scripts.run_folder"),
+                *("estimate.shapes", "scripts.training", "scripts.run_folder", "scripts.seal"),
                 *("scripts.interruption", "scripts.inputs", "scripts.quiet"),
             ),
         ),

@@ -81,3 +81,12 @@ def test_only_names_as_near_as_the_nearest_are_suggested():
     assert nearest("num_proceses", ["num_processes", "main_process_ip"]) == "; did you mean `num_processes`?"
     assert nearest("adam_beta3", ["adam_beta1", "adam_beta2"]) == "; did you mean `adam_beta2` or `adam_beta1`?"
     assert nearest("zzz", ["learning_rate"]) == ""
+
+
+def test_none_is_a_value_where_it_is_one_of_the_choices():
+    choices = ("none", "random")
+    assert fit("none", Literal["none", "random"], choices) == "none"
+    assert fit("none", Literal["none", "random"] | None, choices) == "none"
+    assert fit(None, Literal["none", "random"] | None, choices) is None
+    with pytest.raises(UnfitError):
+        fit("None", Literal["none", "random"], choices)

@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -101,15 +97,19 @@ class TestDSIR:
         noise = dsir_selector(data, data, buckets=10**6, ngrams=1, seed=5).logits.numpy()  # equal sets: no ratio
         np.testing.assert_allclose(selector.logits.numpy() - noise, [a + b, 2 * a], rtol=1e-12)
 
-    def test_the_noise_draws_without_replacement_by_weight(self):
-        # "a" is 3 times as likely as "b" in the target and equally likely in the data (a little less, as smoothed).
-        data = Dataset.from_dict({"text": ["a", "b"]})
-        target = Dataset.from_dict({"text": ["a"] * 3000 + ["b"] * 1000})
-        weight = np.exp(dsir_ratio(data, target))
-        first = [dsir_selector(data, target, ngrams=1, seed=seed).logits.argmax().item() == 0 for seed in range(600)]
-        expected = weight[0] / weight.sum()
-        assert 0.65 < expected < 0.75
-        assert abs(np.mean(first) - expected) < 4 * np.sqrt(expected * (1 - expected) / 600)
+    def test_the_noise_draws_rows_in_proportion_to_their_weight(self):
+        # Rows that say the same in other cases: one weight, and noise of their own.
+        cases = [format(number, "09b") for number in range(512)]
+        spelled = [
+            ["".join(c.upper() if up == "1" else c for c, up in zip(word, case, strict=True)) for case in cases]
+            for word in ("applesauc", "burglarie")
+        ]
+        data = Dataset.from_dict({"text": spelled[0] + spelled[1]})
+        target = Dataset.from_dict({"text": ["applesauc"] * 3000 + ["burglarie"] * 1000})
+        logits = dsir_selector(data, target, ngrams=1).logits.numpy()
+        # Three times as likely in the safe set, and equally likely in the dataset: ahead in three pairs of four.
+        ahead = (logits[:512] > logits[512:]).mean()
+        assert abs(ahead - 0.75) < 4 * np.sqrt(0.75 * 0.25 / 512)
 
     def test_pairs_of_words_tell_what_single_words_do_not(self):
         data = Dataset.from_dict({"text": ["red blue", "blue red"] * 20})
@@ -135,24 +135,12 @@ class TestDSIR:
         other = dsir_selector(same, Dataset.from_dict({"text": ["bread"] * 9})).logits
         assert (found - noise).tolist() == pytest.approx(other.tolist(), abs=1e-9)
 
-    def test_it_is_the_same_in_every_process(self):
-        code = (
-            "from datasets import Dataset\n"
-            "from trl_robust.selection.baselines import dsir_selector, random_selector\n"
-            "rows = Dataset.from_dict({'text': ['one two', 'three']})\n"
-            "print(dsir_selector(rows, rows.select([0])).logits.tolist(), random_selector(['a'], 1).logits.tolist())"
+    def test_it_is_the_same_on_every_machine(self):
+        data = Dataset.from_dict({"text": ["one two", "three"]})
+        assert dsir_selector(data, data.select([0])).logits.tolist() == pytest.approx(
+            [0.2212073575956146, -1.6880574287233814], rel=1e-12
         )
-        said = [
-            subprocess.run(
-                [sys.executable, "-c", code],
-                capture_output=True,
-                text=True,
-                check=True,
-                env={**os.environ, "PYTHONHASHSEED": seed},
-            ).stdout
-            for seed in ("1", "2")
-        ]
-        assert said[0] == said[1] and said[0].startswith("[")
+        assert random_selector(["a", "b"], 1).logits.tolist() == [0.8388922385488397, 0.8562618500464895]
 
     def test_random_and_dsir_of_one_seed_share_no_luck(self):
         data = Dataset.from_dict({"text": [f"word{number}" for number in range(2000)]})
@@ -169,12 +157,6 @@ class TestDSIR:
     def test_refuses_what_cannot_be_counted(self, name):
         with pytest.raises(ValueError, match=f"`{name}` is 0"):
             dsir_selector(rows(3), safe(), **{name: 0})
-
-
-def dsir_ratio(data, target):
-    """Log importance weights, without the noise."""
-    noise = dsir_selector(data, data, ngrams=1).logits
-    return (dsir_selector(data, target, ngrams=1).logits - noise).numpy()
 
 
 class TestMixing:

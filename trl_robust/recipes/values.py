@@ -73,11 +73,12 @@ def fit(value: Any, hint: Any, choices: Iterable[Any] | None = None) -> Any:
         [`UnfitError`]: naming what is needed.
     """
     members = _members(hint)
-    if value is None or (isinstance(value, str) and value.lower() in ("null", "none") and str not in members):
+    allowed = list(choices) if choices is not None else None
+    means_nothing = isinstance(value, str) and value.lower() in ("null", "none") and str not in members
+    if value is None or (means_nothing and value not in (allowed or ())):
         if type(None) in members:
             return None
         raise UnfitError(f"{_needed(members, choices)}, or remove the key")
-    allowed = list(choices) if choices is not None else None
     if allowed and isinstance(value, bool) and ("yes" if value else "no") in allowed:
         value = "yes" if value else "no"  # YAML 1.1 reads an unquoted `no` as false
     for member in members:

@@ -129,6 +129,10 @@ def _significant(value: Any) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
+def _label(summary: Mapping[str, Any]) -> str:
+    return str(_part(summary, "labels").get("column") or "the label")
+
+
 def _part(summary: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return summary.get(name) or {}
 
@@ -160,7 +164,7 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
     if visits:
         facts["visits of a row"] = f"{visits['min']} to {visits['max']}, mean {visits['mean']:.2f}"
     if labels:
-        name = f"rows with {labels.get('column')}"
+        name = f"rows with {_label(summary)}"
         facts[f"{name} that are kept"] = f"{_number(labels.get('kept_labelled'))} of {_number(labels.get('labelled'))}"
         facts["kept rows without it"] = (
             f"{_number(labels.get('precision_kept'))} (of all rows: {_number(labels.get('precision_all'))})"
@@ -174,8 +178,7 @@ def _sources(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     sources = _part(summary, "sources")
     labelled = any(found.get("labelled") is not None for found in sources.values())
     if labelled:
-        column = _part(summary, "labels").get("column")
-        head += [f"with {column}", f"kept with {column}"]
+        head += [f"with {_label(summary)}", f"kept with {_label(summary)}"]
     rows = []
     for name, found in sources.items():
         cells = [str(found["rows"]), str(found["kept"]), _number(found["keep_rate"]), _number(found["mean_weight"])]
@@ -259,7 +262,7 @@ def _examples(summary: Mapping[str, Any], show: bool) -> list[tuple[str, list[st
             rows.append((bool(each.get("label")), [*cells, shorten(text) if show else redact(text)]))
         if rows:
             head = ["row", "hash", "score", "weight", "kept", "source"]
-            found.append((title, [*head, *([str(labels.get("column"))] if labels else []), "what it says"], rows))
+            found.append((title, [*head, *([_label(summary)] if labels else []), "what it says"], rows))
     return found
 
 

@@ -186,7 +186,7 @@ def run(args: SelectArguments) -> dict[str, Any]:
         `dict`: what stands in `selection.json`.
 
     Raises:
-        As [`main`]; nothing is written then.
+        As [`main`]; no file is left then.
     """
     from ..data import DataError, add_row_hashes, content_hash, load_rows
     from ..data.hashing import ROW_HASH
@@ -257,12 +257,15 @@ def write_rows(path: Path, rows: Dataset) -> None:
         [`~trl_robust.data.DataError`]: values that JSON does not have, such as images.
     """
     draft = path.with_name(f".{path.name}.partial")
-    with draft.open("w", encoding="utf-8") as file:
-        for row in rows:
-            # JSON has no nan, and readers of JSON lines stumble over it.
-            plain = {name: None if value != value else value for name, value in row.items()}
-            file.write(json.dumps(plain, ensure_ascii=False, default=_in_json) + "\n")
-    draft.replace(path)
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            for row in rows:
+                # JSON has no nan, and readers of JSON lines stumble over it.
+                plain = {name: None if value != value else value for name, value in row.items()}
+                file.write(json.dumps(plain, ensure_ascii=False, default=_in_json) + "\n")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _in_json(value: Any) -> str:

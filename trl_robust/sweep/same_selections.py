@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..trainers.seal_config import TRAINED
-
 if TYPE_CHECKING:
     from .same import Effect
 
+WITHOUT_MODEL = ("none", "random", "dsir", "safe_instr")
+"""Ways to choose that look at the rows alone."""
 OF_SAFE = ("safe_dataset_name", "safe_dataset_config", "safe_dataset_split", "safe_datasets")
 
 
@@ -34,7 +34,7 @@ def drop_unread_of_selections(training: Any, found: Effect) -> None:
             found.drop(["penalty_max"], "the penalty stays below it")
         return
     found.drop(selector, f"`{method}` learns no weights")
-    if method not in TRAINED:
+    if method in WITHOUT_MODEL:
         found.drop([*penalty, *pairs, "safe_fraction"], f"`{method}` trains no model")
     elif method == "safe_loss":
         found.drop(penalty, "`safe_loss` trains on the safe set alone")
