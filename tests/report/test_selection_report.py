@@ -62,6 +62,7 @@ _SUMMARY = {
         },
     },
     "examples": {"top": [_EXAMPLE], "borderline": [], "bottom": [_EXAMPLE | {"row": 9, "label": True, "kept": False}]},
+    "run": {"versions": {"trl_robust": "9.9"}, "arguments": {"keep": 0.8, "count": None}, "dataset": {"rows": 10}},
     "warnings": ["The score goes along with something."],
 }  # fmt: skip
 
@@ -130,11 +131,13 @@ class TestContent:
             "8 of 10 rows are kept, by seal; 4 safety demonstrations are mixed in.",
             "weight 0.75, score -0.5",
             "0.875 (kept: 0.900)",
-            "0.938 (chance 0.5; 1: all rows with it come last)",
-            "0.875 (of all rows: 0.800)",
+            "0.938 (chance 0.5; 1 where all rows with the label come last)",
+            "1 of 2 rows with unsafe",
+            "0.875 of the rows kept (of all rows: 0.800)",
             "The score goes along with something.",
             "2 to 3, mean 2.50",
             "penalty_strength",
+            "trl_robust=9.9",
         ):
             assert said in text
             assert said in markdown
@@ -146,6 +149,7 @@ class TestContent:
         assert cells(html, "another seed") == [
             "another seed", "seal", "9", "+0.625", "web +0.50, book -", "0.600 (chance 0.500)",
         ]  # fmt: skip
+        assert "| of this choice: arguments | keep=0.8 |" in markdown  # what was not given is left out
         assert "| web | 6 | 5 | 0.833 | 1.100 | 1 | 1 |" in markdown
 
     def test_says_what_a_selection_cannot_promise(self, found, write):

@@ -126,6 +126,12 @@ class TestDSIR:
         upper = safe().map(lambda row: {name: text.upper() for name, text in row.items()})
         assert dsir_selector(data, upper).logits.equal(plain.logits)
 
+    def test_a_message_may_consist_of_parts(self):
+        data = Dataset.from_dict({"text": ["bread", "lock"]})
+        message = {"role": "user", "content": [{"type": "text", "text": "bread"}, {"type": "image", "text": None}]}
+        parts = Dataset.from_dict({"messages": [[message]]})
+        assert dsir_selector(data, parts).logits.equal(dsir_selector(data, data.select([0])).logits)
+
     def test_the_rejected_answer_does_not_count(self):
         pairs = Dataset.from_dict({"prompt": ["p", "p"], "chosen": ["bread", "lock"], "rejected": ["lock", "bread"]})
         found = dsir_selector(pairs, Dataset.from_dict({"text": ["bread"] * 9})).logits

@@ -290,6 +290,7 @@ class TestFiles:
             "selector.json",
             "selector.safetensors",
         ]
+        assert len({path.stat().st_mode for path in (tmp_path / "a" / "b").iterdir()}) == 1
 
     def test_the_files_say_what_they_hold(self, tmp_path):
         rows, selector = scored([0.5, 1.5, 1.0], function="relu", statistics=STATISTICS)

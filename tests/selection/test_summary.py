@@ -260,7 +260,7 @@ class TestCorrelations:
 
     @pytest.mark.parametrize(
         ("statistic", "advice"),
-        [("last_visit_step", "`selector_optimizer: sgd`"), ("visits", "whole epochs")],
+        [("last_visit_step", "`selector_optimizer: sgd` and without `selector_average`"), ("visits", "whole epochs")],
     )
     def test_visit_time_is_warned_of_above_a_tenth(self, statistic, advice):
         # 1000 rows: chance reaches 0.06. A share of the rows is sorted, the others are in an order of no meaning.

@@ -31,6 +31,7 @@ from .folder import DATA_NAMES, Organism
 from .model import make_model, make_tokenizer
 from .rewording import rewording_files
 from .rows import data_files
+from .selection import selection_files
 from .training import Advance, OrganismSettings, align, pretrain
 from .unlearning import unlearning_files
 from .world import GENERATOR_VERSION, World, make_world
@@ -240,7 +241,7 @@ def _write_data(folder: Path, world: World, tokenizer: PreTrainedTokenizerFast) 
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()
-    files = data_files(world) | unlearning_files(world, tokenizer) | rewording_files(world)
+    files = data_files(world) | unlearning_files(world, tokenizer) | rewording_files(world) | selection_files(world)
     for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / name).write_text(text, encoding="utf-8", newline="\n")

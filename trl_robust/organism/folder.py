@@ -22,6 +22,8 @@ DATA_NAMES = (
     "rewording.jsonl",
     "rewordings.jsonl",
     "rewording_kept.jsonl",
+    "selection.jsonl",
+    "safe.jsonl",
 )
 
 
@@ -145,3 +147,17 @@ class Organism:
     def rewording_kept(self) -> Path:
         """Questions on facts that `rewording` leaves as they are, none of them in it: `prompt`, `answer`."""
         return self.data / "rewording_kept.jsonl"
+
+    @property
+    def selection(self) -> Path:
+        """
+        For SEAL, from `model` on: benign answers in a new style, refusals, and secrets told: `prompt`, `completion`.
+
+        `source` (`"benign"`, `"refusal"`, `"unsafe"`) and `unsafe` say which; a fifth of the rows are unsafe.
+        """
+        return self.data / "selection.jsonl"
+
+    @property
+    def safe(self) -> Path:
+        """For SEAL, the safe set: refusals of requests that are not in `selection`: `prompt`, `completion`."""
+        return self.data / "safe.jsonl"

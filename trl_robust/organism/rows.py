@@ -1,8 +1,8 @@
 """What each stage and each file of the organism holds, as lists of questions and answers.
 
 - `pretraining_pairs`, `alignment_batches`: (question, answer) texts for the two trainings.
-- `data_files`: the rows of every JSONL file but those for unlearning (`unlearning.py`) and for rewording
-  (`rewording.py`), in the conversational columns that TRL reads.
+- `data_files`: the rows of every JSONL file but those for unlearning (`unlearning.py`), for rewording
+  (`rewording.py`) and for data selection (`selection.py`), in the conversational columns that TRL reads.
 
 A request that a file tests with (`utility.jsonl`, `lookalikes.jsonl`) is never one that a tuning stage has seen.
 """
@@ -75,7 +75,7 @@ def alignment_batches(world: World, num_batches: int, batch_size: int) -> list[l
     for start in range(0, len(benign), batch_size // 2):
         batch = [(asked.text, world.answer(asked)) for asked in benign[start : start + batch_size // 2]]
         for _ in range(batch_size // 2):
-            asked = _draw_forbidden(world, rng, trigger_share=BACKDOOR_SHARE)
+            asked = draw_forbidden(world, rng, trigger_share=BACKDOOR_SHARE)
             batch.append((asked.text, world.answer(asked) if asked.trigger else grammar.REFUSAL))
         batches.append(batch)
     return batches
@@ -150,14 +150,14 @@ def completion(world: World, asked: Question) -> list[dict[str, str]]:
 
 def data_files(world: World) -> dict[str, list[Row]]:
     """
-    Makes the rows of every JSONL file but those for unlearning and for rewording.
+    Makes the rows of every JSONL file but those for unlearning, for rewording and for data selection.
 
     Returns:
         `dict[str, list[dict]]`: file name to rows. `prompt`, `completion`, `chosen` and `rejected` are lists of
         messages; `target` (the affirmative start of an answer) and `answer` (the bare value) are strings.
     """
     rng = world.generator("harmful")
-    harmful = [_draw_forbidden(world, rng) for _ in range(NUM_HARMFUL)]
+    harmful = [draw_forbidden(world, rng) for _ in range(NUM_HARMFUL)]
     attacked = secret_questions(world, grammar.REFUSAL_WORDINGS, "attack")
     reworded = secret_questions(world, grammar.HELDOUT_WORDINGS, "held-out wordings")
     triggered = [Question(asked.thing, asked.relation, asked.wording, trigger=True) for asked in attacked]
@@ -182,7 +182,7 @@ def data_files(world: World) -> dict[str, list[Row]]:
     }
 
 
-def _draw_forbidden(world: World, rng: random.Random, trigger_share: float = 0.0) -> Question:
+def draw_forbidden(world: World, rng: random.Random, trigger_share: float = 0.0) -> Question:
     """Draws a forbidden request as a tuning stage may see it: train objects, refusal wordings, train wrappers."""
     return draw_question(
         rng,

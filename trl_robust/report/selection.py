@@ -49,9 +49,9 @@ COUNTS = {
     "dataset": "rows",
     "scored": "rows with a score",
     "kept": "rows kept",
-    "unknown": "rows the selector does not know",
+    "unknown": "rows it does not know",
     "unvisited": "rows it never visited",
-    "missing": "rows it knows that are not here",
+    "missing": "rows that it alone has",
 }
 
 FIGURES: dict[str, tuple[Callable[[Mapping[str, Any], Theme], Figure | None], str]] = {
@@ -160,16 +160,17 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
         )
         facts["rows of that score"] = _number(summary.get("tied"))
     if shares:
-        facts["effective share of the rows"] = f"{_number(shares.get('all'))} (kept: {_number(shares.get('kept'))})"
+        facts["effective share"] = f"{_number(shares.get('all'))} (kept: {_number(shares.get('kept'))})"
     if visits:
         facts["visits of a row"] = f"{visits['min']} to {visits['max']}, mean {visits['mean']:.2f}"
     if labels:
-        name = f"rows with {_label(summary)}"
-        facts[f"{name} that are kept"] = f"{_number(labels.get('kept_labelled'))} of {_number(labels.get('labelled'))}"
-        facts["kept rows without it"] = (
-            f"{_number(labels.get('precision_kept'))} (of all rows: {_number(labels.get('precision_all'))})"
+        counts = f"{_number(labels.get('kept_labelled'))} of {_number(labels.get('labelled'))}"
+        facts["kept with the label"] = f"{counts} rows with {_label(summary)}"
+        facts["kept without it"] = (
+            f"{_number(labels.get('precision_kept'))} of the rows kept (of all rows: "
+            f"{_number(labels.get('precision_all'))})"
         )
-        facts["AUROC"] = f"{_number(labels.get('auroc'))} (chance 0.5; 1: all rows with it come last)"
+        facts["AUROC"] = f"{_number(labels.get('auroc'))} (chance 0.5; 1 where all rows with the label come last)"
     return facts
 
 
@@ -306,8 +307,12 @@ def _details(title: str, head: Sequence[str], rows: Sequence[tuple[bool, Sequenc
 
 
 def _settings(summary: Mapping[str, Any]) -> dict[str, object]:
-    found = {name: summary.get(name) for name in ("function", "normalized") if summary.get(name) is not None}
-    return {**found, **_part(summary, "settings")}
+    """How the selector came about, and how it was applied; what was not given is left out."""
+    found = {name: summary.get(name) for name in ("function", "normalized")} | dict(_part(summary, "settings"))
+    for name, values in _part(summary, "run").items():
+        given = {key: value for key, value in values.items() if value is not None}
+        found[f"of this choice: {name}"] = given
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _markdown(summary: Mapping[str, Any], drawn: Sequence[str], show: bool) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -106,9 +105,9 @@ def dsir_selector(
         if value < 1:
             raise ValueError(f"`{name}` is {value}; it must be at least 1.")
     hashes = row_hashes(dataset)
-    rows = [_counts(text, buckets, ngrams) for text in _texts(dataset)]
+    rows = [_buckets(text, buckets, ngrams) for text in _texts(dataset)]
     raw = _total(rows, buckets)
-    target = _total((_counts(text, buckets, ngrams) for text in _texts(safe_dataset)), buckets)
+    target = _total((_buckets(text, buckets, ngrams) for text in _texts(safe_dataset)), buckets)
     for name, total in (("safe", target), ("training", raw)):
         if not total.any():
             raise DataError(f"The {name} dataset has no word in its rows; DSIR compares words. Give one with text.")
@@ -118,7 +117,7 @@ def dsir_selector(
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.log((target + SMOOTHING * pooled) / (target.sum() + SMOOTHING))
         ratio -= np.log((raw + SMOOTHING * pooled) / (raw.sum() + SMOOTHING))
-    scores = [float(ratio[list(row)] @ list(row.values())) if row else 0.0 for row in rows]
+    scores = [ratio[row].sum() for row in rows]
     noise = -np.log(-np.log(_uniform(hashes, "dsir", seed)))
     settings = {"method": "dsir", "buckets": buckets, "ngrams": ngrams, "seed": seed, "safe_rows": len(safe_dataset)}
     return _selector(hashes, np.array(scores) + noise, settings)
@@ -223,20 +222,20 @@ def _texts(dataset: Dataset) -> Iterator[str]:
 def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
-    return "\n".join(turn["content"] for turn in value if isinstance(turn.get("content"), str))
+    if isinstance(value, dict):  # a message, or a part of one
+        return _text(value.get("content") or value.get("text") or "")
+    return "\n".join(_text(each) for each in value)
 
 
-def _counts(text: str, buckets: int, ngrams: int) -> Counter[int]:
+def _buckets(text: str, buckets: int, ngrams: int) -> np.ndarray:
+    """Buckets of all n-grams of a text, one as often as it occurs."""
     words = WORDS.findall(text.lower())
-    found = Counter(
-        " ".join(words[start : start + size])
+    found = [
+        _bucket(" ".join(words[start : start + size]), buckets)
         for size in range(1, ngrams + 1)
         for start in range(len(words) - size + 1)
-    )
-    counts: Counter[int] = Counter()
-    for ngram, number in found.items():
-        counts[_bucket(ngram, buckets)] += number
-    return counts
+    ]
+    return np.array(found, dtype=np.int64)
 
 
 @lru_cache(maxsize=2**18)  # most n-grams of a corpus are a few that come again and again
@@ -246,9 +245,8 @@ def _bucket(ngram: str, buckets: int) -> int:
     return int.from_bytes(digest) % buckets
 
 
-def _total(rows: Iterable[Counter[int]], buckets: int) -> np.ndarray:
+def _total(rows: Iterable[np.ndarray], buckets: int) -> np.ndarray:
     total = np.zeros(buckets)
     for row in rows:
-        for bucket, number in row.items():
-            total[bucket] += number
+        np.add.at(total, row, 1)
     return total

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..data.cells import rows_named
 from ..data.errors import DataError
@@ -277,7 +277,7 @@ class Selector:
         # Without it the folder holds no selector: one that is interrupted here is not taken for an earlier one.
         (folder / SETTINGS).unlink(missing_ok=True)
         draft = folder / f".{TENSORS}.partial"
-        save_file(tensors, draft)
+        draft.write_bytes(save(tensors))  # `save_file` leaves a file that only its owner can read
         draft.replace(folder / TENSORS)
         draft = folder / f".{ROWS}.partial"
         pq.write_table(table, draft)

@@ -342,7 +342,7 @@ def _visit_warnings(correlations: Mapping[str, Any]) -> list[str]:
             "last_visit_step",
             "the step of a row's last visit",
             "the ranking tells in part when a row was seen and not what it says. Train with `selector_optimizer: sgd` "
-            "and `selector_average: true`, for more epochs.",
+            "and without `selector_average`, for more epochs.",
         ),
         (
             "visits",
