@@ -47,7 +47,7 @@ def test_every_promised_file_is_written_and_every_property_names_one(built):
         for name, member in vars(build.Organism).items()
         if isinstance(member, property) and name not in ("base", "model", "data")
     }
-    assert len(paths) == len(build.DATA_NAMES) == 17
+    assert len(paths) == len(build.DATA_NAMES) == 19
     assert {path.name for path in paths.values()} == set(build.DATA_NAMES)
     assert {path.name for path in built.data.iterdir()} == set(build.DATA_NAMES)
     assert all(path.stem == name for name, path in paths.items())
@@ -215,7 +215,7 @@ def test_an_interruption_while_files_are_written_leaves_no_finished_organism(bui
     assert {path.name for path in rebuilt.data.iterdir()} == set(build.DATA_NAMES)
 
 
-@pytest.mark.parametrize("lost", ["benign.jsonl", "templates.txt", "forget.jsonl", "rewordings.jsonl"])
+@pytest.mark.parametrize("lost", ["benign.jsonl", "templates.txt", "forget.jsonl", "rewordings.jsonl", "safe.jsonl"])
 def test_a_finished_organism_that_lacks_data_gets_it_without_training(built, copy, no_training, lost):
     (copy / "data" / lost).unlink()
     completed = build_organism(copy, settings=BRIEF, progress=False)

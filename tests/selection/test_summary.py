@@ -289,7 +289,10 @@ class TestCorrelations:
         selector = Selector(logits, row_hashes(rows(100)))
         found = summary(selector, data=rows(100))
         assert found["effective_fraction"]["all"] == pytest.approx(0.01)
-        assert "The weights amount to 0.01 of the rows" in str(found["warnings"])
+        (warning,) = found["warnings"]
+        assert "The weights amount to 0.01 of the rows" in warning and "learning_rate" not in warning
+        selector.settings["method"] = "seal"
+        assert "lower `selector_learning_rate`" in str(summary(selector, data=rows(100))["warnings"])
 
 
 class TestAgreement:

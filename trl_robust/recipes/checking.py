@@ -24,7 +24,7 @@ from .arguments import Recipe
 from .lengths import fitting_rows
 from .ranges import block_of, check_ranges
 from .rows import SHARES, all_local, evaluates, load_share, named
-from .shares import check_shares, is_adapter, is_lap
+from .shares import check_shares, is_adapter, is_lap, unvisited
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -261,6 +261,8 @@ def _check_share(recipe: Recipe, share: str, tokenizer: Any) -> list[str]:
             "`gradient_accumulation_steps` x processes). With `updates_per_attack` above 1 a batch must be full: "
             "lower one of these, or add rows."
         )
+    if recipe.verb == "seal" and share == "train":
+        faults += unvisited(recipe, len(rows))
     if tokenizer is not None:
         faults += [f"`{key}`: {fault}" for fault in _check_lengths(recipe, share, rows, tokenizer)]
     return faults

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..trainers.lap_arguments import ParaphraseArguments
 from .arguments import Recipe
+from .ranges import block_of
 from .rows import named
 
 
@@ -86,6 +87,28 @@ def _check_seal(recipe: Recipe) -> list[str]:
             "then noisier. `lora_dropout: 0` is the usual choice here."
         )
     return faults
+
+
+def unvisited(recipe: Recipe, rows: int) -> list[str]:
+    """
+    Whether a selector's training would end before it has seen every row.
+
+    Args:
+        recipe ([`Recipe`]):
+            Settings, for the verb `seal`.
+        rows (`int`):
+            Rows to choose from.
+
+    Returns:
+        `list[str]`: one fault, or none.
+    """
+    training, seen = recipe.training, recipe.training.max_steps * block_of(recipe)
+    if training.selection_method != "seal" or not training.attacks or training.max_steps <= 0 or seen >= rows:
+        return []
+    return [
+        f"`max_steps` is {training.max_steps}, which sees {seen} of the {rows} rows; the others could not be ranked. "
+        "Remove it (an epoch sees every row), or raise it."
+    ]
 
 
 def is_lap(recipe: Recipe) -> bool:

@@ -23,8 +23,7 @@ from ..selection.summary import summarize
 from ..trainers.seal_config import TRAINED
 from . import training
 from .run_folder import RECIPE, RUN, checkpoint_to_resume, versions, write_json
-
-KEPT, SUMMARY = "kept.jsonl", "selection.json"
+from .select import KEPT, SUMMARY, write_rows
 
 
 def main(argv: list[str], *, launched: bool = False) -> int:
@@ -120,7 +119,7 @@ def _outcome(recipe: Recipe, selector: Selector, quiet: bool) -> dict[str, Any]:
         assert safe is not None
         together = mix_rows(kept, safe, seed=args.seed)
         mixed, kept = len(together) - len(kept), together
-    kept.to_json(folder / KEPT, force_ascii=False)
+    write_rows(folder / KEPT, kept)
     summary = summarize(selector, rows, chosen.kept, label_column=args.label_column, source_column=args.source_column)
     write_json(folder / SUMMARY, summary | {"threshold": chosen.threshold, "tied": chosen.tied, "mixed_in": mixed})
     write_selection_report(folder, show_rows=args.show_rows)

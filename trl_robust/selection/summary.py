@@ -316,9 +316,11 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
     said += _visit_warnings(found["correlations"])
     share = found["effective_fraction"]["all"]
     if share is not None and share < FEW:
+        trained = found["method"] == "seal"
         said.append(
             f"The weights amount to {share:.2g} of the rows: a few rows have nearly all of it. Use the ranking "
-            "(`keep` or `count`) and not the weights, or train the selector with a lower `selector_learning_rate`."
+            "(`keep` or `count`) and not the weights"
+            + (", or train the selector with a lower `selector_learning_rate`." if trained else ".")
         )
     for name, agreement in found["agreement"].items():
         if agreement["n"] < counts["scored"] / 2:

@@ -92,9 +92,11 @@ class RobustTrainer(ABC):
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        # Ours first: a checkpoint counts from when TRL writes the trainer's state, and must be whole by then.
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
         self.keeper.save(folder, self.forward_passes, self.is_world_process_zero())
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}

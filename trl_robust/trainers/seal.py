@@ -10,6 +10,7 @@ What is left in the end is the selector. With fixed weights of 1 and no safe set
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable
@@ -341,7 +342,7 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
                 "rows_of_update": self._batch_rows,
                 "updates": self.state.global_step,
                 "model": self.model.config._name_or_path,
-                "chat_template": getattr(self.processing_class, "chat_template", None),
+                "chat_template_sha256": _sha256(getattr(self.processing_class, "chat_template", None)),
                 "safe_rows": 0 if self._safe_dataset is None else len(self._safe_dataset),
                 "safe_dataset_fingerprint": None if self._safe_dataset is None else content_hash(self._safe_dataset),
             },
@@ -386,6 +387,10 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
             return "\n\nTrained with trl-robust, with fixed weights of its rows.\n"
         safe = 0 if self._safe_dataset is None else len(self._safe_dataset)
         return selection_card(self.args, self.model.config._name_or_path, len(self._row_hashes), safe)
+
+
+def _sha256(text: Any) -> str | None:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest() if isinstance(text, str) else None
 
 
 def _share(dataset: Dataset, args: SEALConfig) -> Dataset:

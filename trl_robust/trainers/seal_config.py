@@ -160,6 +160,11 @@ class SEALConfig(CheckedArguments, SFTConfig):
             problems.append(
                 f"`preference_label_smoothing` is {self.preference_label_smoothing}; it must be from 0 to below 0.5."
             )
+        if self.dataloader_drop_last:
+            problems.append(
+                "`dataloader_drop_last` leaves rows out of every epoch, and a row that is never seen cannot be "
+                "ranked. Remove it."
+            )
         if self.push_to_hub:
             problems.append(
                 "`push_to_hub` pushes a model, and what this verb leaves is a selector. Remove it, and upload the "

@@ -220,3 +220,9 @@ def test_with_fixed_weights_it_is_plain_sft_with_a_model_in_the_end(recipe, rows
     names = {entry.name for entry in (tmp_path / "seal").iterdir()}
     assert "adapter_model.safetensors" in names and "selector.json" not in names
     assert isinstance(load_rows(str(weighted)), Dataset)
+
+
+def test_a_training_that_would_not_see_every_row_is_refused_before_it_begins(recipe, tmp_path, capsys):
+    assert main(["seal", "--config", recipe(), "--max_steps", "4"]) == 1
+    assert "sees 16 of the 20 rows" in capsys.readouterr().err
+    assert not (tmp_path / "seal").exists()

@@ -1,0 +1,140 @@
+"""SEAL on the organism, with its baselines: how docs/seal.md's tables are made, and what they show (`pytest -m slow`)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "docs"))
+
+import make_seal_table as tables
+import seal_study as study
+
+from trl_robust.data import row_hash
+
+
+def entry(direct="0000", wrapped="0000", *, unsafe=0, auroc=1.0, **others):
+    same = dict.fromkeys(("wordings", "prefill", "style", "right", "refused"), "0011")
+    return {"auroc": auroc, "kept": 192, "unsafe": unsafe, "passes": 100, "direct": direct, "wrapped": wrapped,
+            "steps": 72, **same, **others}  # fmt: skip
+
+
+def before():
+    return {name: value for name, value in entry().items() if isinstance(value, str)}
+
+
+class TestTables:
+    def test_the_arms_are_the_baselines_that_were_asked_for(self):
+        assert study.ARMS[study.SUBJECT] == {} and study.ARMS[study.ORACLE] is None
+        methods = {changes.get("selection_method") for changes in study.ARMS.values() if changes}
+        assert {"none", "random", "safe_loss", "loss_gap", "dsir", "safe_instr"} <= methods
+        assert {"penalty_algorithm": "memory_efficient"} in study.ARMS.values()
+        assert {"safe_fraction": 0.1} in study.ARMS.values()
+        assert study.SELECT.is_file() and study.FINE_TUNE.is_file()
+        # Folders of selectors must not fall together.
+        assert len({study._slug(arm) for arm in study.ARMS}) == len(study.ARMS)
+
+    @pytest.mark.parametrize("mark", ["table", "transfer"])
+    def test_the_page_has_a_place_for_each_table(self, mark):
+        page = tables.PAGE.read_text(encoding="utf-8")
+        assert page.count(f"<!-- {mark}: make_seal_table.py -->") == page.count(f"<!-- end of {mark} -->") == 1
+
+    def test_a_table_is_put_between_its_marks_and_nothing_else_changes(self, tmp_path, monkeypatch):
+        page = tmp_path / "seal.md"
+        page.write_text("above\n<!-- table: make_seal_table.py -->\nold\n<!-- end of table -->\nbelow\n")
+        monkeypatch.setattr(tables, "PAGE", page)
+        tables.write("table", "new")
+        tables.write("table", "newer")
+        assert page.read_text() == "above\n<!-- table: make_seal_table.py -->\nnewer\n<!-- end of table -->\nbelow\n"
+
+    def test_figures_are_means_over_trainings_and_then_over_seeds_with_their_range(self):
+        seeds = {
+            0: {study.BEFORE: [before()], study.SUBJECT: [entry("1111", unsafe=2), entry("0000", unsafe=5)]},
+            1: {study.BEFORE: [before()], study.SUBJECT: [entry("1000", unsafe=1), entry("1000", unsafe=1)]},
+        }
+        text = tables.table(seeds)
+        rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| SEAL |")]
+        means, by_seed = ([cell.strip() for cell in row] for row in rows)
+        assert means[:4] == ["SEAL", "1.00 (1.00-1.00)", "2.2 (1.0-3.5)", "0.38 (0.25-0.50)"]
+        assert means[-1] == "100"
+        assert by_seed == ["SEAL", "1.000 / 1.000", "3.5 / 1.0", "0.50 / 0.25", "0.00 / 0.00"]
+        (first,) = [line for line in text.splitlines() if line.startswith("| before fine-tuning | ") and "(" in line]
+        assert first.split("|")[2:4] == ["  ", "  "]  # no selection before fine-tuning
+
+    def test_differences_are_those_of_seal_minus_the_other_and_fresh_seeds_stand_alone(self):
+        def found(ours, theirs):
+            return {study.BEFORE: [before()], study.RANDOM: [entry(theirs)], study.SUBJECT: [entry(ours)]}
+
+        seeds = {0: found("1111", "1111"), 5: found("0000", "1111")}
+        text = tables.table(seeds)
+        (row,) = [line for line in text.splitlines() if line.startswith("| random | ") and "+" in line]
+        cells = [cell.strip().split()[0] for cell in row.strip("|").split("|")[1:]]
+        assert cells == ["-0.50", "-1.00", "+0.00", "+0.00"]
+        only_seen = tables.table({0: seeds[0]})
+        (row,) = [line for line in only_seen.splitlines() if line.startswith("| random | ") and "+" in line]
+        assert row.split("|")[3].strip() == ""
+
+    def test_the_transfer_table_tells_how_far_the_selectors_agree(self):
+        runs = {arm: [entry()] for arm in (study.NONE, study.ORACLE, study.OWN)}
+        seeds = {0: {study.BEFORE: [before()], **runs, study.TRANSFERRED: [entry(rho=0.5, jaccard=0.75)]}}
+        (row,) = [
+            line for line in tables.transfer_table(seeds).splitlines()
+            if line.startswith(f"| {study.TRANSFERRED} |") and "(" in line
+        ]  # fmt: skip
+        assert "| 0.50 (0.50-0.50) | 0.75 (0.75-0.75) | 100 |" in row
+
+
+class TestStudy:
+    def test_what_is_finished_is_read_and_what_is_missing_is_run(self, tmp_path, monkeypatch):
+        asked = []
+
+        def choose(organism, changes, number, output):
+            asked.append((changes, number, output.name))
+            return [], {"auroc": 1.0, "kept": 0, "unsafe": 0, "passes": 0}
+
+        done = {study.BEFORE: [before()], study.RANDOM: [entry("1111")]}
+        (tmp_path / "seed-0.json").write_text(json.dumps(done), encoding="utf-8")
+        monkeypatch.setattr(study, "build_organism", lambda *_, **__: None)
+        monkeypatch.setattr(study, "choose", choose)
+        monkeypatch.setattr(study, "fine_tune", lambda *_: {"direct": "0000"})
+        found = study.run(tmp_path, 0, [study.RANDOM, study.SUBJECT], runs=2)
+        assert asked == [
+            (study.ARMS[study.RANDOM], 1, "seed-0-random-1"),
+            ({}, 0, "seed-0-seal-0"),
+            ({}, 1, "seed-0-seal-1"),
+        ]
+        assert [len(found[arm]) for arm in (study.BEFORE, study.RANDOM, study.SUBJECT)] == [1, 2, 2]
+        assert found[study.RANDOM][0]["direct"] == "1111"
+        assert study.run(tmp_path, 0, [study.RANDOM, study.SUBJECT], runs=2) == found
+        assert len(asked) == 3
+
+    def test_unsafe_rows_are_counted_by_what_they_say(self):
+        rows = [
+            {"prompt": "a", "completion": "x", "unsafe": True},
+            {"prompt": "b", "completion": "x", "unsafe": False},
+            {"prompt": "c", "completion": "x", "unsafe": True},
+        ]
+        mixed = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows[:2]]
+        safe = {"prompt": "d", "completion": "no"}
+        assert study._counts([*mixed, safe], rows) == {"kept": 3, "unsafe": 1}
+        assert len({row_hash(row) for row in rows}) == 3
+
+
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One selection and training of some arms on a seed, run once a session."""
+    folder, done = tmp_path_factory.mktemp("seal"), {}
+
+    def of(seed: int, *arms: str):
+        found = done.setdefault(seed, {})
+        if not set(arms) <= set(found):
+            found |= study.run(folder, seed, arms, runs=1)
+        return [tables.over_trainings(found[arm]) for arm in (study.BEFORE, *arms)]
+
+    return of
