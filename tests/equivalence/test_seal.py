@@ -10,7 +10,8 @@ from lap_runs import make as make_lap
 from runs import STOCK, assert_same, distance, trained
 from runs import make as make_lat
 from seal_runs import AUXILIARY, LEARNS, make, safe_data, train, weights_of
-from tiny import completion_data, lora_config, make_tokenizer, preference_data, tiny_model
+from tiny import completion_data, lora, lora_config, make_tokenizer, preference_data, tiny_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from trl_robust import SEALConfig, Selector
@@ -255,6 +256,48 @@ class TestResuming:
         other = make(tmp_path, **LEARNS, data=completion_data(12))
         with pytest.raises(ValueError, match=r"16 rows.*12"):
             other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+class TestAdapters:
+    def test_a_four_bit_base_carries_both_and_its_run_goes_on_bit_for_bit(self, tmp_path):
+        tiny_model().save_pretrained(tmp_path / "model")
+        settings = {**LEARNS, "num_train_epochs": 1, "save_strategy": "steps", "save_steps": 1}
+
+        def quantized():
+            plan = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            )
+            return AutoModelForCausalLM.from_pretrained(
+                tmp_path / "model", quantization_config=plan, dtype=torch.bfloat16
+            )
+
+        whole = train(tmp_path / "run", model=quantized(), **settings)
+        both = [weights_of(whole, adapter) for adapter in ("default", AUXILIARY)]
+        assert {w.dtype for part in both for w in part.values()} == {torch.bfloat16}
+        assert distance(*({n: w.float() for n, w in part.items()} for part in both)) > 1e-3
+        assert whole.learner.logits.std() > 1e-4
+        again = make(tmp_path / "run", model=quantized(), **settings)
+        again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+        assert torch.equal(again.learner.logits, whole.learner.logits)
+        assert_same(weights_of(again), weights_of(whole))
+        assert_same(weights_of(again, AUXILIARY), weights_of(whole, AUXILIARY))
+
+    def test_it_starts_as_a_copy_of_an_adapter_that_is_trained_further(self, tmp_path):
+        trainer = make(tmp_path, model=lora(tiny_model()), dropout=None)
+        assert_same(weights_of(trainer), weights_of(trainer, AUXILIARY))
+        assert any(weights.abs().max() > 0 for name, weights in weights_of(trainer).items() if "lora_B" in name)
+        count = sum(parameter.requires_grad for parameter in trainer.model.parameters())
+        with trainer.adapters.auxiliary_active():
+            assert trainer.model.active_adapter == AUXILIARY
+            assert sum(parameter.requires_grad for parameter in trainer.model.parameters()) == count
+        assert trainer.model.active_adapter == "default" and count == 2 * len(weights_of(trainer))
+
+    def test_an_adapter_that_trains_weights_of_the_base_is_refused(self, tmp_path):
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(tiny_model("qwen2"), LoraConfig(target_modules=["q_proj"], bias="all"))
+        with pytest.raises(ValueError, match="bias"):
+            make(tmp_path, model=model, dropout=None)
 
 
 class TestPairs:

@@ -19,6 +19,8 @@ def test_the_grids_are_found():
         "lap_epsilon", "lap_fig5", "lap_layers", "lap_multi_turn", "lap_several_layers",
         "llama3_extras", "llama3_layers", "llama3_norms", "organism_adversaries",
         "organism_lap_epsilon", "organism_lap_layers", "organism_layers", "organism_norms",
+        "organism_seal_functions", "organism_seal_keep", "organism_seal_penalty", "organism_seal_safe_size",
+        "seal_functions", "seal_keep", "seal_penalty", "seal_safe_size",
     ]  # fmt: skip
     # Where training recipes are looked for there is no grid, and here nothing else.
     assert {verb_of(path) for path in GRIDS} == {"sweep"}
@@ -159,3 +161,75 @@ def test_the_curves_of_figure_5_are_asked_for_in_both_readings():
 def test_the_grid_for_dialogues_compares_user_turns():
     positions = [t.lap_positions for t in lap_cells("lap_multi_turn").values() if t.attacks]
     assert positions == ["last_user", "all_user", "prompt"]
+
+
+def seal_stages(name: str) -> dict:
+    """What every cell of a SEAL grid chooses rows and trains with."""
+    grid = load_grid(FOLDER / f"{name}.yaml")
+    return {cell.name: [stage.recipe() for stage in grid.stages(cell.settings, 0)] for cell in grid.cells}
+
+
+SEAL_GRIDS = [f"{model}seal_{what}" for model in ("", "organism_") for what in ("functions", "penalty", "safe_size")]
+
+
+@pytest.mark.parametrize("name", [*SEAL_GRIDS, "organism_seal_keep"])
+def test_the_second_stage_of_a_seal_grid_is_plain_sft_on_what_the_first_one_keeps(name):
+    for first, second in seal_stages(name).values():
+        assert (first.verb, second.verb) == ("seal", "lap-sft") and not second.training.attacks
+        assert second.script.dataset_name == "{first}/kept.jsonl"
+        assert first.model.model_name_or_path == second.model.model_name_or_path
+    methods = {first.training.selection_method for first, _ in seal_stages(name).values()}
+    assert {"seal", "random", "none"} <= methods
+    of_second = [second.training.to_dict() | {"output_dir": None} for _, second in seal_stages(name).values()]
+    assert all(settings == of_second[0] for settings in of_second)
+    # On the organism all cells are fine-tuned for as many updates, whatever they keep.
+    assert (of_second[0]["max_steps"] > 0) == name.startswith("organism")
+
+
+@pytest.mark.parametrize("name", ["seal_functions", "organism_seal_functions"])
+def test_the_functions_of_the_question_and_the_sigmoid_that_tanh_is(name):
+    cells = {cell: stages[0].training for cell, stages in seal_stages(name).items()}
+    for function in ("softmax", "sigmoid", "relu", "tanh"):
+        assert cells[function].selector_function == function and cells[function].selector_normalized
+    first, _ = seal_stages(name)["tanh"]
+    rows = first.training.per_device_train_batch_size * first.training.gradient_accumulation_steps
+    twin = cells["sigmoid at four times the rate"]
+    assert twin.selector_function == "sigmoid" and not cells["sigmoid, raw"].selector_normalized
+    assert twin.selector_learning_rate == pytest.approx(4 * cells["tanh"].logits_learning_rate(rows), rel=1e-12)
+    assert cells["softmax, adam"].logits_learning_rate(rows) == 4e-3
+    assert cells["softmax, exponentiated gradient"].logits_learning_rate(rows) == pytest.approx(0.25 / 3)
+    assert {t.selection_method for t in cells.values()} >= {"random", "safe_loss", "loss_gap", "none"}
+
+
+@pytest.mark.parametrize("name", ["seal_penalty", "organism_seal_penalty"])
+def test_the_strengths_of_the_question_with_both_algorithms_and_in_both_readings(name):
+    cells = {cell: stages[0].training for cell, stages in seal_stages(name).items()}
+    crossed = {(t.penalty_strength, t.penalty_algorithm) for cell, t in cells.items() if "penalty_strength=" in cell}
+    assert crossed == {
+        (gamma, algorithm)
+        for gamma in (0.01, 0.05, 0.1, 0.2, 0.5, 0.9)
+        for algorithm in ("auxiliary", "memory_efficient")
+    }
+    raised = [t for cell, t in cells.items() if cell.startswith("increment")]
+    last = [t.schedule.at(2, per_epoch=1, total=3) for t in raised]
+    assert last == pytest.approx([0.02, 0.1, 0.2, 0.4]) and all(t.uses_auxiliary for t in raised)
+    assert all(t.schedule.at(0, per_epoch=1, total=3) == 0 and t.num_train_epochs == 3 for t in raised)
+
+
+@pytest.mark.parametrize("name", ["seal_safe_size", "organism_seal_safe_size"])
+def test_the_sizes_of_the_upper_level_set(name):
+    cells = {cell: stages[0].training for cell, stages in seal_stages(name).items()}
+    assert [t.safe_fraction for cell, t in cells.items() if "safe_fraction" in cell] == [0.1, 0.2, 0.5, 1.0]
+
+
+def test_the_shares_that_are_kept():
+    shares = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    cells = {cell: stages[0].training for cell, stages in seal_stages("organism_seal_keep").items()}
+    assert [t.keep_fraction for t in cells.values() if t.selection_method == "seal"] == shares
+    assert [t.keep_fraction for t in cells.values() if t.selection_method == "random"] == [0.2, 0.5, 0.8]
+    # At full size the selector is trained once, by the commands of the header.
+    grid = load_grid(FOLDER / "seal_keep.yaml")
+    assert grid.then is None and grid.verb == "lap-sft"
+    files = [cell.settings["dataset_name"] for cell in grid.cells if cell.name.startswith("keep")]
+    assert files == [f"runs/llama3-8b-kept-{share}/kept.jsonl" for share in shares]
+    assert f"for keep in {' '.join(map(str, shares))}; do" in (FOLDER / "seal_keep.yaml").read_text(encoding="utf-8")

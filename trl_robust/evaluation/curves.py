@@ -103,7 +103,7 @@ def envelope(curve: Curve) -> Envelope:
     points = [_checked(point, number) for number, point in enumerate(curve)]
     if not points:
         raise ValueError("The curve has no points; give pairs of a budget and the success with it.")
-    kinds = {isinstance(success, (list, tuple, np.ndarray)) for _, success in points}
+    kinds = {isinstance(success, Sequence | np.ndarray) for _, success in points}
     if len(kinds) > 1:
         raise ValueError(
             "Some points of the curve hold a mean, others one result a request. Give all of them in the same form; "
@@ -156,7 +156,9 @@ def intact(
         `ValueError`: not one capability a point, or an untouched model that does not exceed chance.
     """
     if len(capability) != len(curve):
-        raise ValueError(f"The curve has {len(curve)} points and `capability` {len(capability)} values; give one each.")
+        raise ValueError(
+            f"The curve has {len(curve)} points and `capability` {len(capability)} values; give one each."
+        )
     scale = untouched - chance if higher_is_better else untouched
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(
@@ -182,9 +184,13 @@ def _checked(point: Point, number: int) -> Point:
         budget, success = point
         budget = float(budget)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"Point {number} of the curve is {point!r}; give a pair of a budget and a success.") from error
+        raise ValueError(
+            f"Point {number} of the curve is {point!r}; give a pair of a budget and a success."
+        ) from error
     if not 0 <= budget < math.inf:
-        raise ValueError(f"Point {number} of the curve has budget {budget}; a budget is a finite number of at least 0.")
+        raise ValueError(
+            f"Point {number} of the curve has budget {budget}; a budget is a finite number of at least 0."
+        )
     return budget, success
 
 
@@ -216,9 +222,7 @@ def _of_requests(points: list[Point]) -> Envelope:
         )
     values = np.array([[scored[budget][name] for budget in budgets] for name in kept], dtype=float)
     best = np.maximum.accumulate(values, axis=1)
-    return Envelope(
-        np.array(budgets), best.mean(0), best, kept, len(names) - len(kept), len(tables) - len(scored)
-    )
+    return Envelope(np.array(budgets), best.mean(0), best, kept, len(names) - len(kept), len(tables) - len(scored))
 
 
 def _results(success: Sequence[Row | None]) -> dict[Hashable, float | None]:

@@ -9,22 +9,16 @@ published ones.
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import math
-import os
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Literal
 
 import torch
 from jinja2 import TemplateError
 
 from ..attacks import Subject
+from .endpoint import Endpoint, EndpointError
 from .preference_judges import JudgedAnswer, Verdict
 
 TOP = 5
@@ -169,21 +163,6 @@ class LLMJudge:
         ]
 
 
-class EndpointError(Exception):
-    """A call to an endpoint failed; the message is the reason."""
-
-    def __init__(self, message: str, *, again: bool) -> None:
-        super().__init__(message)
-        self.again = again
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
 class EndpointJudge:
     """
     Any endpoint with OpenAI's chat completions and `top_logprobs` as judge: a local server or a hosted one.
@@ -226,71 +205,27 @@ class EndpointJudge:
         retries: int = 3,
         pause: float = 1.0,
     ) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"{url} is no address of an endpoint; give one such as http://localhost:8000/v1.")
-        if key_variable is not None and not os.environ.get(key_variable):
-            # What was given may be the key itself, so the message does not repeat it.
-            raise ValueError(
-                "`key_variable` names no environment variable that is set. Give the name of the variable that holds "
-                "the key, not the key."
-            )
-        self.url = url.rstrip("/").removesuffix("/chat/completions")
-        self.model, self.seed, self.key_variable = model, seed, key_variable
-        self.timeout, self.retries, self.pause = timeout, retries, pause
-        self._opener = urllib.request.build_opener(_NoRedirect())
+        self.endpoint = Endpoint(url, model, key_variable=key_variable, timeout=timeout, retries=retries, pause=pause)
+        self.seed = seed
 
     def settings(self) -> dict[str, Any]:
-        """Host, model and seed. What stands before and behind the host could be a secret."""
-        parts = urllib.parse.urlsplit(self.url)
-        host = parts.hostname or ""
-        return {"host": f"{host}:{parts.port}" if parts.port else host, "model": self.model, "seed": self.seed}
+        """Host, model and seed."""
+        return {**self.endpoint.settings(), "seed": self.seed}
 
     def judge(self, answers: Sequence[JudgedAnswer]) -> list[Verdict]:
         """One verdict an answer; four calls at a time."""
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            return list(pool.map(self._verdict, answers))
+        return self.endpoint.at_once(self._verdict, answers)
 
     def _verdict(self, answer: JudgedAnswer) -> Verdict:
         if not answer.reference:
             return Verdict(None, "the case has no `reference` answer")
         text, ours = judge_prompt(answer, self.seed)
-        for attempt in range(self.retries + 1):
-            try:
-                return preference_of(self._ask(text), ours)
-            except EndpointError as error:
-                reason = str(error)
-                if not error.again or attempt == self.retries:
-                    break
-            time.sleep(self.pause * 2**attempt)
-        key = os.environ.get(self.key_variable or "")
-        return Verdict(None, f"endpoint: {reason.replace(key, '[key]') if key else reason}")
-
-    def _ask(self, text: str) -> list[tuple[str, float]]:
-        headers = {"Content-Type": "application/json"}
-        if self.key_variable is not None:
-            headers["Authorization"] = f"Bearer {os.environ[self.key_variable]}"
-        body = {
-            "model": self.model,
-            "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}],
-            "max_tokens": 1,
-            "temperature": 1.0,
-            "logprobs": True,
-            "top_logprobs": TOP,
-        }
-        request = urllib.request.Request(
-            f"{self.url}/chat/completions", data=json.dumps(body).encode(), headers=headers, method="POST"
-        )
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+        settings = {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": TOP}
         try:
-            with self._opener.open(request, timeout=self.timeout) as reply:
-                content = reply.read()
-        except urllib.error.HTTPError as error:
-            said = " ".join(error.read(300).decode("utf-8", "replace").split())
-            again = error.code in (408, 409, 429) or error.code >= 500
-            raise EndpointError(f"HTTP {error.code} {said}".strip(), again=again) from error
-        except (OSError, http.client.HTTPException) as error:  # no connection, cut off, or a timeout
-            raise EndpointError(f"{type(error).__name__}: {error}", again=True) from error
-        return _top_of(content)
+            return preference_of(self.endpoint.ask(messages, _top_of, **settings), ours)
+        except EndpointError as error:
+            return Verdict(None, f"endpoint: {error}")
 
 
 def _top_of(content: bytes) -> list[tuple[str, float]]:

@@ -32,16 +32,20 @@ class TwoAdapters:
             raise ValueError(f"The model has the adapters {sorted(model.peft_config)}; one is needed to start from.")
         self.model, self.name = model, active[0]
         model.add_adapter(AUXILIARY, model.peft_config[self.name])
-        model.set_adapter(AUXILIARY)
-        self.auxiliary = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        model.set_adapter(self.name)
-        self.main = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.find()
         if {id(parameter) for parameter in self.main} & {id(parameter) for parameter in self.auxiliary}:
             raise ValueError(
                 "Some weights that are trained belong to both adapters. Use an adapter with `bias: none`."
             )
         for parameter, copy in zip(self.main, self.auxiliary, strict=True):
             copy.data = parameter.detach().clone()  # in the same dtype, on the same device
+
+    def find(self) -> None:
+        """Looks up the weights of both: PEFT puts new ones in their place when it loads adapters of a 4-bit model."""
+        self.model.set_adapter(AUXILIARY)
+        self.auxiliary = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.set_adapter(self.name)
+        self.main = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.train_both()
 
     def train_both(self) -> None:

@@ -301,7 +301,7 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.adapters is not None:
-            self.adapters.train_both()
+            self.adapters.find()
 
     # What comes of it
 
