@@ -11,7 +11,9 @@ from trl_robust.cli import main
 from trl_robust.recipes import load_recipe, recipes_folder, verb_of
 
 # Grids are not for a training verb; those who test `sweep` look after them. For LAP see test_shipped_lap_recipes.py.
-RECIPES = sorted(path for path in recipes_folder().rglob("*.yaml") if path.parent.name not in ("ablations", "lap"))
+RECIPES = sorted(
+    path for path in recipes_folder().rglob("*.yaml") if path.parent.name not in ("ablations", "lap", "seal")
+)
 LAYERS = 32  # as many as the models of the papers have, so that their sites exist
 
 PAIRS = {"dataset_name": "preferences.jsonl", "benign_dataset_name": "benign.jsonl"}

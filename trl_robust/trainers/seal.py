@@ -85,12 +85,12 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
     from peft import LoraConfig
     from trl_robust import SEALConfig, SEALTrainer
 
-    rows = load_dataset("Open-Orca/SlimOrca-Dedup", split="train")
+    rows = load_dataset("json", data_files="rows.jsonl", split="train")  # prompt, completion
     trainer = SEALTrainer(
         model="Qwen/Qwen2.5-0.5B-Instruct",
         args=SEALConfig(num_train_epochs=3, penalty_strength=0.5),
         train_dataset=rows,
-        safe_dataset=load_dataset("yahma/alpaca-cleaned", split="train"),
+        safe_dataset=load_dataset("json", data_files="safe.jsonl", split="train"),
         peft_config=LoraConfig(target_modules="all-linear"),
     )
     trainer.train()
