@@ -75,6 +75,8 @@ def _check_seal(recipe: Recipe) -> list[str]:
             "`safe_dataset_name` is missing: rows are judged by what they do to the loss on it. Give a file, a folder "
             "or a hub id."
         )
+    if not training.attacks and named(recipe, "safe"):
+        recipe.notes.append("The safe dataset has no effect: with `selector_learning_rate: 0` nothing is learned.")
     path = Path(str(recipe.model.model_name_or_path)).expanduser()
     if training.attacks and training.uses_auxiliary and not recipe.model.use_peft and not is_adapter(path):
         faults.append(

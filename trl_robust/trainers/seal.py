@@ -185,7 +185,10 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
         self._safe_references = self._reference_log_probs(self._safe_rows, "safe")
         found = super().train(*args, **kwargs)
         if self.args.selection_method != "seal" and self.state.global_step >= self.state.max_steps:
-            self._rank_by_loss()
+            losses, auxiliary = self._losses_of_all_rows()
+            self.learner.logits = -selection_signal(losses, auxiliary)
+            if not bool(self.learner.visits.all()):  # a model trained on the safe set alone has seen none of them
+                self.learner.note(torch.arange(len(losses)), losses, auxiliary, self.state.global_step)
         return found
 
     # The step
@@ -215,18 +218,18 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
 
         places, safe = self._safe_batch(len(rows))
         references = None if self._safe_references is None else self._safe_references[places]
-        safe_losses = self._pass(safe, references, (1 - gamma) * torch.ones_like(weights))
+        safe_losses = self._pass(safe, references, torch.full_like(weights, 1 - gamma), trains=gamma < 1)
         logged["safe_loss"] = safe_losses.mean()
         total = (1 - gamma) * safe_losses.mean()
 
         if self.args.selection_method != "safe_loss":
             references = None if self._references is None else self._references[rows]
-            losses, auxiliary = self._pass(inputs, references, gamma * weights), None
+            losses, auxiliary = self._pass(inputs, references, gamma * weights, trains=gamma > 0), None
             total = total + gamma * (weights * losses).mean()
             logged |= {"row_loss": losses.mean(), "weighted_row_loss": (weights * losses).mean()}
             if self.adapters is not None:
                 with self.adapters.auxiliary_active():
-                    auxiliary = self._pass(inputs, references, weights)
+                    auxiliary = self._pass(inputs, references, weights, trains=True)
                 logged |= {"auxiliary_loss": auxiliary.mean(), "gap": (losses - auxiliary).mean()}
             both = torch.stack([losses, torch.zeros_like(losses) if auxiliary is None else auxiliary], dim=1)
             self._seen.append((rows, both))
@@ -245,9 +248,11 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
         places = self._safe_stream.take(self.state.global_step * self._batch_rows + place * size, count)
         return places, self._prepare_inputs(self.data_collator([self._safe_rows[number] for number in places]))
 
-    def _pass(self, batch: dict[str, Any], references: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
+    def _pass(
+        self, batch: dict[str, Any], references: torch.Tensor | None, weights: torch.Tensor, *, trains: bool
+    ) -> torch.Tensor:
         """
-        Forward pass, and backward pass unless every weight is 0, under the active adapter.
+        Forward and backward pass under the active adapter.
 
         Args:
             batch (`dict`):
@@ -256,11 +261,12 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
                 For pairs.
             weights (`torch.Tensor` of shape `(B,)`):
                 The gradient is that of the weighted sum of losses, over the number of rows of the whole update.
+            trains (`bool`):
+                Whether there is a backward pass; alike in all processes, also where one of them has weights of 0 only.
 
         Returns:
             `torch.Tensor` of shape `(B,)`: losses, detached.
         """
-        trains = bool((weights != 0).any())
         self.keeper.passes += (3 if trains else 1) * len(batch["input_ids"])
         with torch.set_grad_enabled(trains), self.maybe_activation_offload_context:
             losses = self._row_losses(batch, references)
@@ -304,25 +310,6 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
             self.adapters.find()
 
     # What comes of it
-
-    def _rank_by_loss(self) -> None:
-        """For the baselines: one pass over all rows, whose losses (or gaps) are the ranking."""
-        losses, auxiliary = torch.zeros(2, len(self.learner.logits), dtype=torch.float64)
-        with torch.no_grad():
-            self.model.eval()
-            for numbers, batch in self._batches(self.train_dataset, "Losses of all rows"):
-                rows = torch.tensor(self.train_dataset[numbers][ROW])
-                references = None if self._references is None else self._references[rows]
-                losses[rows] = self._row_losses(batch, references).double().cpu()
-                if self.adapters is not None:
-                    with self.adapters.auxiliary_active():
-                        auxiliary[rows] = self._row_losses(batch, references).double().cpu()
-        losses, auxiliary = self._summed(losses), self._summed(auxiliary)
-        second = auxiliary if self.adapters is not None else None
-        self.learner.logits = -selection_signal(losses, second)
-        everything = torch.arange(len(losses))
-        if not bool(self.learner.visits.all()):  # a model trained on the safe set alone has seen none of them
-            self.learner.note(everything, losses, second, self.state.global_step)
 
     @property
     def selector(self) -> Selector:

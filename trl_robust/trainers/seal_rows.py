@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ..data import DataError, as_prompt_completion, kept_whole
 from ..data.row_weights import WEIGHT
 from ..inner import attack_mode
+from .adapters import TwoAdapters
 
 ROW = "row_number"
 
@@ -59,6 +60,8 @@ class SEALRows:
     _training_rows: Dataset
     _safe_dataset: Dataset | None
     _safe_rows: Dataset | None = None
+    _references: torch.Tensor | None
+    adapters: TwoAdapters | None
     compute_loss_context_manager: Any
     _prepare_inputs: Any
 
@@ -147,6 +150,20 @@ class SEALRows:
             for numbers, batch in self._batches(rows, f"Reference log-probabilities of the {what} pairs"):
                 found[numbers] = self._log_probs(batch)[0].double().cpu().view(2, -1).T
         return self._summed(found)
+
+    def _losses_of_all_rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Losses of all training rows by their number, `(N,)`, under the model and, if there is one, the auxiliary."""
+        losses, auxiliary = torch.zeros(2, len(self.train_dataset), dtype=torch.float64)
+        with torch.no_grad():
+            self.model.eval()
+            for places, batch in self._batches(self.train_dataset, "Losses of all rows"):
+                rows = torch.tensor(self.train_dataset[places][ROW])
+                references = None if self._references is None else self._references[rows]
+                losses[rows] = self._row_losses(batch, references).double().cpu()
+                if self.adapters is not None:
+                    with self.adapters.auxiliary_active():
+                        auxiliary[rows] = self._row_losses(batch, references).double().cpu()
+        return self._summed(losses), None if self.adapters is None else self._summed(auxiliary)
 
     def _batches(self, rows: Dataset, description: str) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """This process's share of some rows, in batches, with a progress bar; each with the places of its rows."""
