@@ -2,7 +2,7 @@
 
     python docs/make_seal_table.py --folder runs/seal
 
-Every selection is made, and the organism fine-tuned on what it keeps, three times a seed. Some five minutes a seed on
+Every selection is made, and the organism fine-tuned on what it keeps, twice a seed. Some five minutes a seed on
 one core. Whatever is finished is read, not run again; `--arms "all rows" SEAL` runs a part.
 """
 
@@ -14,7 +14,21 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from seal_study import ARMS, BEFORE, NONE, ORACLE, OWN, RUNS, SUBJECT, TRANSFERRED, Found, Run, run, run_transfer
+from seal_study import (
+    ARMS,
+    BEFORE,
+    NONE,
+    ORACLE,
+    OWN,
+    RUNS,
+    SUBJECT,
+    TRANSFERRED,
+    Found,
+    Run,
+    agreement,
+    run,
+    run_transfer,
+)
 
 from trl_robust.sweep.statistics import difference_of
 
@@ -56,11 +70,22 @@ def table(seeds: dict[int, Found]) -> str:
     return "\n".join(lines)
 
 
-def transfer_table(seeds: dict[int, Found]) -> str:
+def transfer_table(seeds: dict[int, Found], agreements: Sequence[dict[str, float]] = ()) -> str:
     """Markdown: the larger organism, with its own selector and with that of the smaller one."""
     arms = [BEFORE, NONE, ORACLE, OWN, TRANSFERRED]
     columns = {**COLUMNS, "Spearman": "rho", "Jaccard of kept": "jaccard"}
-    return "\n".join([*_means(seeds, arms, columns), "", *_by_seed(seeds, arms)])
+    lines = [*_means(seeds, arms, columns), "", *_by_seed(seeds, arms)]
+    if agreements:
+        cells = [_cell([one[name] for one in agreements], name) for name in ("same", "other", "itself")]
+        lines += [
+            "",
+            "| rank correlation of two selectors | |",
+            "|---|---|",
+            f"| of the two models, trained with the same seed | {cells[0]} |",
+            f"| of the two models, trained with different seeds | {cells[1]} |",
+            f"| of one model, trained with different seeds | {cells[2]} |",
+        ]
+    return "\n".join(lines)
 
 
 def _means(seeds: dict[int, Found], arms: Sequence[str], columns: dict[str, str]) -> list[str]:
@@ -157,16 +182,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
     parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--transfer_seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--transfer_seeds", type=int, nargs="*", default=[0, 1, 2, 5, 6, 7])
     args = parser.parse_args()
     found = {seed: run(args.folder, seed, args.arms, args.runs) for seed in args.seeds}
     if set(args.arms) == set(ARMS):
         write("table", table(found))
     if args.transfer_seeds:
-        write(
-            "transfer",
-            transfer_table({seed: run_transfer(args.folder, seed, args.runs) for seed in args.transfer_seeds}),
-        )
+        transferred = {seed: run_transfer(args.folder, seed, args.runs) for seed in args.transfer_seeds}
+        agreements = [agreement(args.folder, seed, args.runs) for seed in args.transfer_seeds] if args.runs > 1 else []
+        write("transfer", transfer_table(transferred, agreements))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "SEAL, Algorithm 2": {"penalty_algorithm": "memory_efficient"},
 }
 """Selections, and what is different from the recipe."""
-RUNS = 3
+RUNS = 2
 LARGER = 4
 """Blocks of the organism that the selector of the one with two is applied to."""
 KEEP = 0.8
@@ -67,7 +68,7 @@ def run(folder: Path, seed: int, arms: Sequence[str] = tuple(ARMS), runs: int = 
             Seed of the world and of its model.
         arms (sequence of `str`, *optional*):
             Only these.
-        runs (`int`, *optional*, defaults to `3`):
+        runs (`int`, *optional*, defaults to `2`):
             Selections and trainings of every arm, with the training seeds 0, 1, ...
 
     Returns:
@@ -126,6 +127,32 @@ def run_transfer(folder: Path, seed: int, runs: int = RUNS) -> Found:
 
         arms = dict.fromkeys((NONE, ORACLE, OWN, TRANSFERRED), once)
         return _kept_up(folder / f"seed-{seed}-transfer.json", organism, arms, runs)
+
+
+def agreement(folder: Path, seed: int, runs: int = RUNS) -> dict[str, float]:
+    """
+    How far the selectors of [`run_transfer`] agree, and how far two trainings of one model do.
+
+    Args:
+        folder, seed, runs:
+            As there; two runs at least.
+
+    Returns:
+        `dict`: mean rank correlations of scores. `same`, of both models trained with one seed (the rows come in the
+        same order); `other`, with two seeds; `itself`, of one model trained with two seeds.
+    """
+
+    def scores(place: str) -> list[np.ndarray]:
+        return [Selector.load(folder / f"seed-{seed}-{place}-{number}").scores.numpy() for number in range(runs)]
+
+    small, large = scores("seal"), scores(f"{LARGER}-seal")
+    pairs = [(first, second) for first in range(runs) for second in range(runs)]
+    found = {
+        "same": [spearman(small[one], large[two]) for one, two in pairs if one == two],
+        "other": [spearman(small[one], large[two]) for one, two in pairs if one != two],
+        "itself": [spearman(own[one], own[two]) for own in (small, large) for one, two in pairs if one < two],
+    }
+    return {name: mean(value or 0.0 for value in values) for name, values in found.items()}
 
 
 def _kept_up(done: Path, organism: Organism, arms: dict[str, Callable[[str, int], Run]], runs: int) -> Found:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import DOUBLE, Ridge, Scalar, auroc, descend, numbers
+from bilevel import DOUBLE, Ridge, Scalar, auroc, descend, numbers
 
 from trl_robust.selection import CyclingStream, SelectorLearner, auxiliary_loss, model_loss, selection_signal
 

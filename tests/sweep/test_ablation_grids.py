@@ -1,5 +1,6 @@
 """Every grid that comes with the package: read strictly, and its numbers recomputed."""
 
+import functools
 import math
 
 import pytest
@@ -12,6 +13,9 @@ from trl_robust.threat.sites import resolve_sites
 
 FOLDER = recipes_folder() / "ablations"
 GRIDS = sorted(FOLDER.rglob("*.yaml"))
+
+grid_of = functools.cache(load_grid)
+plan_of = functools.cache(lambda path: make_plan(grid_of(path)))
 
 
 def test_the_grids_are_found():
@@ -30,20 +34,19 @@ def test_the_grids_are_found():
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_a_grid_is_read_strictly_and_has_a_header(path):
-    grid = load_grid(path)
     header = path.read_text(encoding="utf-8").partition("\nverb:")[0]
     for word in ("# Reproduces ", "# Command ", "# Hardware ", "# Expected ", f"recipes/ablations/{path.name}"):
         assert word in header
-    assert f"each of {len(make_plan(grid).runs)} runs" in " ".join(header.replace("#", " ").split())
+    assert f"each of {len(plan_of(path).runs)} runs" in " ".join(header.replace("#", " ").split())
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_no_cell_of_a_shipped_grid_is_another_one_in_disguise(path):
-    assert make_plan(load_grid(path)).same == {}
+    assert plan_of(path).same == {}
 
 
 def sites(name: str, depth: int) -> dict[str, tuple]:
-    grid = load_grid(FOLDER / f"{name}.yaml")
+    grid = grid_of(FOLDER / f"{name}.yaml")
     recipes = {cell.name: cell_recipe(grid.verb, grid.settings(cell.settings, 0)) for cell in grid.cells}
     return {cell: resolve_sites(recipe.training.attack_sites, depth) for cell, recipe in recipes.items()}
 
@@ -74,7 +77,7 @@ def matched(norm: str, length: float, width: int) -> float:
     [("llama3_norms", 4096, {"(i)", "(ii)", "(iii)"}), ("organism_norms", 128, {"(iii)"})],
 )
 def test_the_radii_of_the_readings(name, width, readings):
-    grid = load_grid(FOLDER / f"{name}.yaml")
+    grid = grid_of(FOLDER / f"{name}.yaml")
     seen = set()
     for cell in grid.cells:
         if not cell.name.startswith("("):
@@ -99,7 +102,7 @@ def test_the_radii_of_the_readings(name, width, readings):
 
 
 def test_the_extras_change_one_thing_at_a_time():
-    grid = load_grid(FOLDER / "llama3_extras.yaml")
+    grid = grid_of(FOLDER / "llama3_extras.yaml")
     changed = {cell.name: set(cell.own) for cell in grid.cells}
     assert changed.pop("published") == set()
     assert {name for name, keys in changed.items() if len(keys) > 1} == {
@@ -113,7 +116,7 @@ def test_the_extras_change_one_thing_at_a_time():
 
 def lap_cells(name: str) -> dict:
     """What every cell of a LAP grid trains with."""
-    grid = load_grid(FOLDER / f"{name}.yaml")
+    grid = grid_of(FOLDER / f"{name}.yaml")
     return {cell.name: cell_recipe(grid.verb, grid.settings(cell.settings, 0)).training for cell in grid.cells}
 
 
@@ -163,9 +166,10 @@ def test_the_grid_for_dialogues_compares_user_turns():
     assert positions == ["last_user", "all_user", "prompt"]
 
 
+@functools.cache
 def seal_stages(name: str) -> dict:
     """What every cell of a SEAL grid chooses rows and trains with."""
-    grid = load_grid(FOLDER / f"{name}.yaml")
+    grid = grid_of(FOLDER / f"{name}.yaml")
     return {cell.name: [stage.recipe() for stage in grid.stages(cell.settings, 0)] for cell in grid.cells}
 
 
@@ -228,7 +232,7 @@ def test_the_shares_that_are_kept():
     assert [t.keep_fraction for t in cells.values() if t.selection_method == "seal"] == shares
     assert [t.keep_fraction for t in cells.values() if t.selection_method == "random"] == [0.2, 0.5, 0.8]
     # At full size the selector is trained once, by the commands of the header.
-    grid = load_grid(FOLDER / "seal_keep.yaml")
+    grid = grid_of(FOLDER / "seal_keep.yaml")
     assert grid.then is None and grid.verb == "lap-sft"
     files = [cell.settings["dataset_name"] for cell in grid.cells if cell.name.startswith("keep")]
     assert files == [f"runs/llama3-8b-kept-{share}/kept.jsonl" for share in shares]

@@ -9,7 +9,7 @@ from recipe_parts import settings, write_recipe, write_rows
 from tiny import completion_data
 
 from trl_robust.cli import main
-from trl_robust.recipes import RecipeError
+from trl_robust.recipes import RecipeError, recipes_folder
 from trl_robust.sweep import running, work
 from trl_robust.sweep.grid import load_grid
 from trl_robust.sweep.planning import make_plan, refuse_changed
@@ -337,3 +337,16 @@ def test_the_table_shows_what_was_chosen_beside_what_became_of_the_model(values,
     header, *lines = (tmp_path / "out" / "sweep.csv").read_text().splitlines()
     assert "selector AUROC,harmful rows kept,rows kept" in header
     assert len(lines) == 1 + 2 * 2 and all(len(line.split(",")) == len(header.split(",")) for line in lines[:1])
+
+
+def test_the_grid_that_the_page_on_sweeps_shows_is_read(tmp_path):
+    page = (recipes_folder().parent / "docs" / "sweep.md").read_text(encoding="utf-8")
+    (shown,) = [
+        block.partition("```")[0] for block in page.split("```yaml\n")[1:] if "then:" in block.partition("```")[0]
+    ]
+    path = tmp_path / "grid.yaml"
+    path.write_text(shown.replace("../seal/", f"{recipes_folder()}/seal/"), encoding="utf-8")
+    grid = load_grid(path)
+    assert (grid.verb, grid.then.verb, len(grid.cells)) == ("seal", "lap-sft", 7)
+    first, second = grid.stages(grid.cells[1].settings, 0)
+    assert (first.settings["keep_fraction"], second.settings["learning_rate"]) == (0.2, 1e-3)
