@@ -4,9 +4,9 @@
 
 Algorithm 1 needs three passes over a batch, each forward and backward with LoRA: the model on the safe rows and on the
 data, the auxiliary model on the data. A step may cost 1.15 x that: what comes on top is drawing the safe rows, the
-switching of adapters, and the selector's own update over all its rows. The unit is a forward and a backward pass of the
-same model over the same batch, run between the steps of a real training, in turn with them; the first steps are left
-out, and medians are given. Memory: what a plain step of TRL's trainer with the same adapter keeps for its backward
+switching of adapters, and the selector's own update over all its rows. The unit is a forward and a backward pass of
+the same model over the same batch, run between the steps of a real training, in turn with them; the first steps are
+left out, and medians are given. Memory: what a plain step of TRL's trainer with the same adapter keeps for its backward
 pass, its gradients and its optimiser, against the same of SEAL's; the difference should be one adapter's.
 """
 

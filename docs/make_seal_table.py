@@ -91,7 +91,7 @@ def transfer_table(seeds: dict[int, Found], agreements: Sequence[dict[str, float
 def _means(seeds: dict[int, Found], arms: Sequence[str], columns: dict[str, str]) -> list[str]:
     runs = {len(found[arm]) for found in seeds.values() for arm in arms if arm != BEFORE}
     lines = [
-        f"Seeds {', '.join(map(str, seeds))}, {' or '.join(map(str, runs))} selections and trainings each; each cell "
+        f"Seeds {', '.join(map(str, seeds))}; {' or '.join(map(str, runs))} selections and trainings each; each cell "
         "the mean over seeds (lowest-highest seed).",
         "",
         "| rows | " + " | ".join([*columns, "passes"]) + " |",

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import string
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from random import Random
@@ -10,7 +10,10 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from .request import chance, request_of, with_request
-from .subject import AttackRow, Generation, Prompt, Subject
+from .subject import AttackRow, Generation, Subject
+
+PRINTABLE = frozenset(map(chr, range(33, 127)))
+"""ASCII characters that show."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,19 @@ class BestOfN:
             top_p=self.top_p,
         )
         attempts = [self._attempt(row, number) for row in rows for number in range(self.n)]
-        found = sampler.answer(attempts, self.name, perturb=lambda batch: [_seed_of(row) for row in batch])  # type: ignore[arg-type, return-value]
+
+        def seeds(batch: Sequence[Any]) -> Any:
+            # What `perturb` gives for a batch goes to the generation: here seeds in place of a perturbation.
+            return [attempt.seed for attempt in batch]
+
+        found = sampler.answer(attempts, self.name, perturb=seeds)
         for position, generation in enumerate(found):
             generation.row = rows[position // self.n]
         return found
 
     def _attempt(self, row: AttackRow, number: int) -> _Attempt:
         draw = chance(self.seed, row, number)
-        prompt: Prompt = with_request(row.prompt, altered(request_of(row.prompt), self.augment, draw))
+        prompt = with_request(row.prompt, altered(request_of(row.prompt), self.augment, draw))
         return _Attempt(row.id, prompt, row.target, row.answer, draw.getrandbits(62))
 
 
@@ -95,11 +103,6 @@ class _Attempt(AttackRow):
     """One sample of a request, with the seed that its answer is drawn by."""
 
     seed: int = 0
-
-
-def _seed_of(row: AttackRow) -> int:
-    assert isinstance(row, _Attempt)
-    return row.seed
 
 
 def altered(text: str, strength: float, draw: Random) -> str:
@@ -119,30 +122,26 @@ def altered(text: str, strength: float, draw: Random) -> str:
     """
     if not strength:
         return text
-    often, seldom = strength**0.5, strength**3
-    pieces = []
-    for line in text.splitlines(keepends=True):
-        pieces += [_misspelt(word, often, seldom, draw) for word in line.split(" ")]
-        pieces[-len(line.split(" ")) :] = [" ".join(pieces[-len(line.split(" ")) :])]
+    # Every second piece is the white space between two words.
+    pieces = re.split(r"(\s+)", text)
+    pieces[::2] = [_misspelt(word, strength, draw) for word in pieces[::2]]
     return "".join(pieces)
 
 
-def _misspelt(word: str, often: float, seldom: float, draw: Random) -> str:
+def _misspelt(word: str, strength: float, draw: Random) -> str:
+    often, seldom = strength**0.5, strength**3
     letters = list(word)
-    if len(word.strip()) > 3 and word == word.strip() and draw.random() < often:
+    if len(letters) > 3 and draw.random() < often:
         inner = letters[1:-1]
         draw.shuffle(inner)
         letters[1:-1] = inner
     for position, letter in enumerate(letters):
         if draw.random() < often and len(letter.swapcase()) == 1:
-            letters[position] = letter = letter.swapcase()
-        if letter in _PRINTABLE and draw.random() < seldom:
-            near = [chr(ord(letter) + step) for step in (-1, 1) if chr(ord(letter) + step) in _PRINTABLE]
-            letters[position] = draw.choice(near)
+            letter = letter.swapcase()
+        if letter in PRINTABLE and draw.random() < seldom:
+            letter = draw.choice([near for near in (chr(ord(letter) - 1), chr(ord(letter) + 1)) if near in PRINTABLE])
+        letters[position] = letter
     return "".join(letters)
-
-
-_PRINTABLE = frozenset(string.ascii_letters + string.digits + string.punctuation)
 
 
 @dataclass
@@ -151,3 +150,53 @@ class _Sampler(Subject):
 
     temperature: float = 1.0
     top_p: float = 1.0
+
+    @torch.no_grad()
+    def _generate(self, rows: list[list[int]], seeds: Any) -> list[list[int]]:
+        tokens = self.pad(rows, "left")
+        output = self.model.generate(
+            input_ids=tokens,
+            attention_mask=self.pad([[1] * len(row) for row in rows], "left", 0),
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=self.pad_token_id,
+            # The likeliest token under the noise is a sample, so this is greedy; see `_Noise`.
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            logits_processor=LogitsProcessorList([_Noise(seeds, self.temperature, self.top_p)]),
+        )
+        return output[:, tokens.shape[1] :].tolist()
+
+
+class _Noise(LogitsProcessor):
+    """
+    Adds Gumbel noise to log-probabilities: the largest sum is a sample of the distribution.
+
+    The sampling of `generate` draws for a whole batch at once, so that an answer would depend on what else is in the
+    batch. Here every row has its own source of noise.
+
+    Args:
+        seeds (`Sequence[int]`):
+            One a row.
+        temperature (`float`):
+            Temperature; without noise where it is 0.
+        top_p (`float`):
+            Share of the probability that is kept.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float, top_p: float) -> None:
+        self.temperature = temperature
+        self.warper = TopPLogitsWarper(top_p) if top_p < 1 else None
+        # On the CPU: the same numbers on every device.
+        self.sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores of shape `(B, V)` with noise."""
+        if not self.temperature:
+            return scores
+        logits: Any = scores.float() / self.temperature
+        if self.warper is not None:
+            logits = self.warper(input_ids, logits)
+        noise = torch.stack([torch.empty(logits.shape[-1]).exponential_(generator=it) for it in self.sources])
+        return logits - noise.log().to(logits.device)

@@ -22,7 +22,8 @@ LEFT = 1e-5
 @dataclass
 class Subspace(Change):
     """
-    Removal of several directions from the hidden states of one batch: `h - D^T D h`.
+    Removal of several directions from the hidden states of one batch, `h - D^T D h`, or `h - D^T D (h - c)`: the
+    component along them is that of a centre.
 
     Args:
         directions (`dict[Site, torch.Tensor]`):
@@ -31,11 +32,14 @@ class Subspace(Change):
             Ranks from which they are removed.
         stream (`str`, *optional*, defaults to `"layer"`):
             `"layer"` or `"mlp"`.
+        centers (`dict[Site, torch.Tensor]`, *optional*):
+            For every site a float32 vector of shape `(H,)`; zero if not given.
     """
 
     directions: dict[Site, torch.Tensor]
     selected: torch.Tensor
     stream: Stream = "layer"
+    centers: dict[Site, torch.Tensor] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -44,14 +48,15 @@ class Subspace(Change):
     def _changed(self, states: torch.Tensor, site: Site, running: Any) -> torch.Tensor:
         rows = self.directions[site].to(states.device)
         exact = states.float()
-        removed = exact - exact @ rows.T @ rows
+        center = self.centers[site].to(states.device) if self.centers else 0.0
+        removed = exact - (exact - center) @ rows.T @ rows
         return torch.where(running.mask(states), removed.to(states.dtype), states)
 
 
 @dataclass(frozen=True)
 class RefusalDirection:
     """
-    Removes the directions that tell harmful requests from harmless ones, at every layer and token (2406.11717).
+    Removes the directions that tell harmful requests from harmless ones, at every layer (2406.11717).
 
     The first direction of a layer is the difference of the mean hidden states at the last prompt token; the further
     ones are the leading right singular vectors of what is left, without the first, of the differences pair by pair
@@ -67,11 +72,16 @@ class RefusalDirection:
         transferred (`str`, *optional*):
             File of directions that [`save_directions`] wrote of another model with the same hidden size; used instead
             of the model's own.
+        replacement (`str`, *optional*, defaults to `"zero"`):
+            What the component along a direction becomes: `"zero"`, at every token, the answer's included, or
+            `"harmless"`: that of the mean of the harmless requests, at every token of the prompt. The latter is for
+            models in which zero still lies on the side of refusal (2411.09003); it ends with the prompt, because the
+            component of a last prompt token held through an answer has the model begin it again and again.
         stream (`str`, *optional*, defaults to `"layer"`):
             `"layer"` or `"mlp"`.
         objective (`str`, *optional*, defaults to `"refusal"`):
             `"refusal"`, or `"random"`: as many random orthonormal directions at every layer, the control. It needs
-            neither requests nor a file.
+            neither `harmful` nor a file.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the control.
 
@@ -84,6 +94,7 @@ class RefusalDirection:
     harmless: list[dict[str, Any]] = field(default_factory=list, repr=False)
     directions: int = 1
     transferred: str | None = None
+    replacement: Literal["zero", "harmless"] = "zero"
     stream: Stream = "layer"
     objective: Literal["refusal", "random"] = "refusal"
     seed: int = 0
@@ -95,8 +106,11 @@ class RefusalDirection:
     def __post_init__(self) -> None:
         if isinstance(self.directions, bool) or not isinstance(self.directions, int) or self.directions < 0:
             raise ValueError(f"`directions` is {self.directions!r}; it must be a whole number of at least 0.")
-        if self.objective not in ("refusal", "random"):
-            raise ValueError(f"`objective` is {self.objective!r}; choose `refusal` or `random`.")
+        for name, choices in (("objective", ("refusal", "random")), ("replacement", ("zero", "harmless"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose `{choices[0]}` or `{choices[1]}`.")
+        if self.replacement == "harmless" and not self.harmless:
+            raise ValueError("`replacement` is `harmless`, and `harmless` is empty; give it rows of `prompt`.")
         if self.objective == "refusal" and self.transferred is None and not (self.harmful and self.harmless):
             raise ValueError(
                 "The refusal-direction attack has nothing to find directions with; give rows of `prompt` in `harmful` "
@@ -108,15 +122,17 @@ class RefusalDirection:
         if self.directions == 0:
             return subject.answer(rows, self.name)
         try:
-            found = self.found(subject)
+            found, centers = self.found(subject), self._centers(subject)
         except RuntimeError as error:
             return all_errored(rows, error)
 
         # Any: `Subject.answer` speaks of perturbations, and uses nothing but `installed`.
         def without(batch: Sequence[AttackRow]) -> Any:
-            width = max(len(subject.encode(row.prompt)) for row in batch) + subject.max_new_tokens
-            selected = torch.ones(len(batch), width, dtype=torch.bool, device=subject.device)
-            return Subspace(found, selected, self.stream)
+            lengths = torch.tensor([len(subject.encode(row.prompt)) for row in batch], device=subject.device)
+            width = int(lengths.max()) + (0 if centers else subject.max_new_tokens)
+            last = lengths if centers else torch.full_like(lengths, width)
+            selected = torch.arange(width, device=subject.device) < last.unsqueeze(-1)
+            return Subspace(found, selected, self.stream, centers)
 
         return subject.answer(rows, self.name, perturb=without)
 
@@ -149,9 +165,19 @@ class RefusalDirection:
             }
         if self.transferred is not None:
             return self._read(subject, depth, hidden)
-        return self._own(subject, ThreatModel(tuple(range(depth)), self.stream))
+        return self._own(subject)
 
-    def _own(self, subject: Subject, threat: ThreatModel) -> dict[Site, torch.Tensor]:
+    def _everywhere(self, subject: Subject) -> ThreatModel:
+        return ThreatModel(tuple(range(len(decoder_layers(subject.model)))), self.stream)
+
+    def _centers(self, subject: Subject) -> dict[Site, torch.Tensor]:
+        if self.replacement == "zero":
+            return {}
+        states = _last_states(subject, _batches(subject, self.harmless), self._everywhere(subject))
+        return {site: rows.mean(0) for site, rows in states.items()}
+
+    def _own(self, subject: Subject) -> dict[Site, torch.Tensor]:
+        threat = self._everywhere(subject)
         kinds = [_batches(subject, examples) for examples in (self.harmful, self.harmless)]
         first = refusal_directions(subject.model, kinds[0], kinds[1], threat)
         if self.directions == 1:

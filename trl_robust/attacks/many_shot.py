@@ -109,4 +109,4 @@ def _last_text(value: Any) -> str:
 
 def _plain(text: str) -> str:
     """Words in lower case, without punctuation at their ends."""
-    return " ".join(word.strip(".,;:!?\"'()*") for word in text.casefold().split())
+    return " ".join(bare for word in text.casefold().split() if (bare := word.strip(".,;:!?\"'()*")))

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from .._compat import keep_4bit_differentiable
-from ..inner import Perturbation
+from ..inner.injection import Change
 
 Prompt = str | list[dict[str, str]]
 
@@ -195,7 +195,7 @@ class Subject:
         prompt_of: Callable[[int, AttackRow], Prompt] = lambda number, row: row.prompt,
         opening_of: Callable[[AttackRow], str] = lambda row: "",
         needs_target: bool = False,
-        perturb: Callable[[Sequence[AttackRow]], Perturbation] | None = None,
+        perturb: Callable[[Sequence[AttackRow]], Change] | None = None,
     ) -> list[Generation]:
         """
         Has the model answer requests, batch by batch, greedily.
@@ -255,7 +255,7 @@ class Subject:
         return found
 
     @torch.no_grad()
-    def _generate(self, rows: list[list[int]], perturbation: Perturbation | None) -> list[list[int]]:
+    def _generate(self, rows: list[list[int]], perturbation: Change | None) -> list[list[int]]:
         tokens = self.pad(rows, "left")
         mask = self.pad([[1] * len(row) for row in rows], "left", 0)
         with perturbation.installed(self.model) if perturbation is not None else nullcontext():

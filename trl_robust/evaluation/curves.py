@@ -1,4 +1,4 @@
-"""Curves of attack success over budget: reading them, keeping the best so far, leaving out what destroyed the model."""
+"""Curves of attack success over budget: the best so far, without what destroyed the model."""
 
 from __future__ import annotations
 

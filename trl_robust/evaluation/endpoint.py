@@ -159,14 +159,11 @@ def text_of(content: bytes) -> str:
     Raises:
         [`EndpointError`]: it holds no text.
     """
+    shown = content[:200].decode("utf-8", "replace")
     try:
         text = json.loads(content)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        text, cause = None, error
-    else:
-        cause = None
-    if not isinstance(text, str):
-        raise EndpointError(
-            f"the reply holds no text: {content[:200].decode('utf-8', 'replace')}", again=True
-        ) from cause
+        raise EndpointError(f"the reply holds no text: {shown}", again=True) from error
+    if not isinstance(text, str):  # null where a server puts the reply elsewhere
+        raise EndpointError(f"the reply holds no text: {shown}", again=True)
     return text

@@ -25,7 +25,8 @@ class Resistance(TypedDict):
 
     Infinity is `None` here, since JSON has none: `resistance` is `None` where no measured budget reached the
     threshold, and `censored_at` is then the largest one, so that the resistance is above it. `factor_above` is the
-    factor of safety's lower bound in that case.
+    factor of safety's lower bound in that case. `factor_interval` is that of the resistance over the load as
+    given: how sure the load itself is does not enter it.
     """
 
     attack: str
@@ -62,8 +63,8 @@ def resistance(curve: Curve, threshold: float) -> float:
     """
     The smallest measured budget with which an attack's success reaches a threshold.
 
-    Success is the best so far: what an attacker with at most that budget achieves, see [`~trl_robust.evaluation.
-    envelope`]. Between two measured budgets nothing is interpolated.
+    Success is the best so far: what an attacker with at most that budget achieves, see
+    [`~trl_robust.evaluation.envelope`]. Between two measured budgets nothing is interpolated.
 
     Args:
         curve (sequence of `tuple`):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -73,9 +73,14 @@ def run_attack(
         The attack's entry in `results.json`, and its rows in `generations.jsonl`.
     """
     answers = judged(attack.run(subject, rows), judge)
-    budget = {name: value for name, value in asdict(attack).items() if name != "examples"}
-    if hasattr(attack, "examples"):
-        budget["examples"] = len(attack.examples)
+    # Lists of rows stand there by their length; what else is not shown (another model, an address) not at all.
+    shown = {item.name: getattr(attack, item.name) for item in fields(attack)}
+    hidden = {item.name for item in fields(attack) if not item.repr}
+    budget = {
+        name: len(value) if name in hidden else value
+        for name, value in shown.items()
+        if name not in hidden or isinstance(value, list)
+    }
     entry = {
         "name": attack.name,
         "class": attack.attack_class,
