@@ -6,8 +6,8 @@ Algorithm 1 needs three passes over a batch, each forward and backward with LoRA
 data, the auxiliary model on the data. A step may cost 1.15 x that: what comes on top is drawing the safe rows, the
 switching of adapters, and the selector's own update over all its rows. The unit is a forward and a backward pass of
 the same model over the same batch, run between the steps of a real training, in turn with them; the first steps are
-left out, and medians are given. Memory: what a plain step of TRL's trainer with the same adapter keeps for its backward
-pass, its gradients and its optimiser, against the same of SEAL's; the difference should be one adapter's.
+left out, and medians are given. Memory: what a plain step of TRL's trainer with the same adapter keeps for its
+backward pass, its gradients and its optimiser, against the same of SEAL's; the difference should be one adapter's.
 """
 
 from __future__ import annotations

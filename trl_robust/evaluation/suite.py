@@ -53,6 +53,30 @@ def judged(generations: Sequence[Generation], judge: JudgeName) -> list[dict[str
     return rows
 
 
+def best_attempts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    One row a request, of an attack that tries each several times: a success if any attempt is one.
+
+    Without a success, an attempt that errored leaves the request errored: it might have been one.
+
+    Args:
+        rows (sequence of `dict`):
+            What [`judged`] gives, attempts at one request with the same `id`.
+
+    Returns:
+        `list[dict]`: for every request, in the order of the first attempts, the attempt that decides.
+    """
+    attempts: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        attempts.setdefault(row["id"], []).append(row)
+    order = [
+        lambda row: bool(row["success"]),
+        lambda row: row["status"] == "errored",
+        lambda row: row["status"] == "scored",
+    ]
+    return [next((row for holds in order for row in tried if holds(row)), tried[0]) for tried in attempts.values()]
+
+
 def run_attack(
     subject: Subject, attack: Attack, rows: Sequence[AttackRow], judge: JudgeName
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -70,7 +94,8 @@ def run_attack(
             Who judges.
 
     Returns:
-        The attack's entry in `results.json`, and its rows in `generations.jsonl`.
+        The attack's entry in `results.json`, and its rows in `generations.jsonl`. Where an attack tries a request
+        several times, `success` counts requests of which any attempt succeeded, and `success_of_one_attempt` attempts.
     """
     answers = judged(attack.run(subject, rows), judge)
     # Lists of rows stand there by their length; what else is not shown (another model, an address) not at all.
@@ -88,8 +113,10 @@ def run_attack(
         "budget": budget,
         "judge": judge,
         "judge_version": JUDGE_VERSIONS[judge],
-        **attack_success(answers),
+        **attack_success(best_attempts(answers)),
     }
+    if len(answers) > len(rows):
+        entry["success_of_one_attempt"] = attack_success(answers)["success"]
     return entry, [{"attack": attack.name, **answer} for answer in answers]
 
 
