@@ -138,7 +138,7 @@ class Recipe:
         mixture ([`~trl.DatasetMixtureConfig`]):
             Several training datasets, in place of one.
         benign ([`BenignArguments`]):
-            Benign data and the form of the rows.
+            Further data and the form of the rows.
         given (`dict`):
             Every key that was given, with its value in the type of its field.
         launch (`dict`):

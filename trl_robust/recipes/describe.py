@@ -27,8 +27,8 @@ def help_text(verb: str) -> str:
     blocks = [
         f"usage: trl-robust {verb} --config RECIPE.yaml [--key value ...]\n\n"
         "Every key can stand in the recipe or on the command line, which beats the recipe.",
-        "Attack and defence:\n" + _explained(own),
-        "Benign data and the form of the rows:\n" + _explained(parts["benign"]),
+        ("Selection:\n" if verb == "seal" else "Attack and defence:\n") + _explained(own),
+        "Further data and the form of the rows:\n" + _explained(parts["benign"]),
         "Training data (TRL's ScriptArguments and DatasetMixtureConfig):\n"
         + _explained([*parts["script"], *parts["mixture"]]),
         "Model, adapters, quantisation (TRL's ModelConfig):\n" + _explained(parts["model"]),
