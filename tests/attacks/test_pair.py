@@ -154,8 +154,10 @@ def test_an_endpoint_is_asked_again_where_that_may_help(endpoint, monkeypatch):
     assert (path, key, body["messages"], body["model"]) == ("/v1/chat/completions", "Bearer k-123", talk, "m")
     assert len(seen) == 2 and "k-123" not in json.dumps([body for _, _, body in seen]) + repr(attacker)
     replies += [401, 503, 503, None]
-    assert attacker.reply([talk]) == [None] and len(seen) == 3 and attacker.problem == "HTTP 401"
-    assert attacker.reply([talk]) == [None] and len(seen) == 6 and attacker.problem == "the reply holds no text"
+    assert attacker.reply([talk]) == [None] and len(seen) == 3 and attacker.problem.startswith("HTTP 401")
+    assert (
+        attacker.reply([talk]) == [None] and len(seen) == 6 and attacker.problem.startswith("the reply holds no text")
+    )
 
 
 def test_an_endpoint_that_is_not_there_is_named_in_the_reason():

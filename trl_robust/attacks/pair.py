@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import http.client
-import json
-import os
 import re
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from .best_of_n import BestOfN
+from .endpoint import Endpoint, EndpointError, text_of
 from .request import chance, request_of, with_request
 from .subject import AttackRow, Generation, Subject
 
@@ -126,13 +119,6 @@ class LocalAttacker:
         return [generation.continuation for generation in draw.run(self.subject, rows)]
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
 @dataclass
 class EndpointAttacker:
     """
@@ -174,61 +160,25 @@ class EndpointAttacker:
     problem: str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            # The address may hold a password, so the message does not repeat it.
-            raise ValueError("`url` is no address of an endpoint; give one such as http://localhost:8000/v1.")
-        if self.key_variable is not None and not os.environ.get(self.key_variable):
-            # What was given may be the key itself, so the message does not repeat it.
-            raise ValueError(
-                "`key_variable` names no environment variable that is set. Give the name of the variable that holds "
-                "the key, not the key."
-            )
-        self.url = self.url.rstrip("/").removesuffix("/chat/completions")
+        self._endpoint = Endpoint(
+            self.url,
+            self.model,
+            key_variable=self.key_variable,
+            timeout=self.timeout,
+            retries=self.retries,
+            pause=self.pause,
+        )
 
     def reply(self, messages: list[Messages]) -> list[str | None]:
-        """A reply to each conversation, four calls at a time."""
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            return list(pool.map(self._reply, messages))
+        """A reply to each conversation, a few calls at a time."""
+        return self._endpoint.at_once(self._reply, messages)
 
     def _reply(self, messages: Messages) -> str | None:
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
-            try:
-                return self._ask(messages)
-            except urllib.error.HTTPError as error:
-                self._keep(f"HTTP {error.code}")
-                if not (error.code in (408, 409, 429) or error.code >= 500):
-                    break
-            except (OSError, http.client.HTTPException) as error:  # no connection, cut off, or a timeout
-                self._keep(f"{type(error).__name__}: {error}")
-            except (ValueError, KeyError, IndexError, TypeError):
-                self._keep("the reply holds no text")
-        return None
-
-    def _keep(self, problem: str) -> None:
-        key = os.environ.get(self.key_variable or "")
-        self.problem = problem.replace(key, "[key]") if key else problem
-
-    def _ask(self, messages: Messages) -> str:
-        headers = {"Content-Type": "application/json"}
-        if self.key_variable is not None:
-            headers["Authorization"] = f"Bearer {os.environ[self.key_variable]}"
-        body = {
-            "model": self.model,
-            "messages": messages,
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-        }
-        request = urllib.request.Request(
-            f"{self.url}/chat/completions", data=json.dumps(body).encode(), headers=headers, method="POST"
-        )
-        with urllib.request.build_opener(_NoRedirect()).open(request, timeout=self.timeout) as answer:
-            text = json.loads(answer.read())["choices"][0]["message"]["content"]
-        if not isinstance(text, str):
-            raise TypeError("the reply holds no text")
-        return text
+        try:
+            return self._endpoint.ask(messages, text_of, max_tokens=self.max_tokens, temperature=self.temperature)
+        except EndpointError as error:
+            self.problem = str(error)
+            return None
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Judges, measures, and the running of attacks."""
 
+from ..attacks.endpoint import Endpoint
 from .coherence import coherence, perplexity
 from .consistency import answer_agreement, posix, prompt_sensitivity
 from .curves import envelope, intact
-from .endpoint import Endpoint
 from .judging import agreement, judged_by
 from .load import latent_load
 from .metrics import AttackSuccess, attack_success, paired_difference

@@ -18,7 +18,7 @@ import torch
 from jinja2 import TemplateError
 
 from ..attacks import Subject
-from .endpoint import Endpoint, EndpointError
+from ..attacks.endpoint import Endpoint, EndpointError
 from .preference_judges import JudgedAnswer, Verdict
 
 TOP = 5

@@ -18,9 +18,9 @@ import torch
 from jinja2 import TemplateError
 
 from ..attacks import AttackRow, Subject
+from ..attacks.endpoint import Endpoint, EndpointError, text_of
 from ..attacks.subject import Prompt
 from ..threat.sites import base_model
-from .endpoint import Endpoint, EndpointError, text_of
 from .judge_forms import FORMS, JudgeForm, ResponseVerdict, digest, fill, request_text
 
 Tokens = dict[str, list[int]]

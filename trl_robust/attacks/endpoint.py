@@ -72,7 +72,8 @@ class Endpoint:
     ) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"{url} is no address of an endpoint; give one such as http://localhost:8000/v1.")
+            # The address may hold a password, so the message does not repeat it.
+            raise ValueError("`url` is no address of an endpoint; give one such as http://localhost:8000/v1.")
         if key_variable is not None and not os.environ.get(key_variable):
             # What was given may be the key itself, so the message does not repeat it.
             raise ValueError(
