@@ -28,6 +28,7 @@ def make(
     safe: Any = None,
     dropout: float | None = 0.0,
     model: Any = None,
+    eval_data: Any = None,
     **changes: Any,
 ) -> SEALTrainer:
     """A trainer on the tiny Llama; `dropout=None` trains it whole. `safe=False` gives it no safe set."""
@@ -36,6 +37,7 @@ def make(
         model=tiny_model() if model is None else model,
         args=SEALConfig(str(folder), **{**STOCK, **changes}),
         train_dataset=completion_data() if data is None else data,
+        eval_dataset=eval_data,
         safe_dataset=None if safe is False else safe_data() if safe is None else safe,
         processing_class=make_tokenizer(),
         peft_config=None if dropout is None else lora_config(dropout),

@@ -300,6 +300,26 @@ class TestAdapters:
             make(tmp_path, model=model, dropout=None)
 
 
+@pytest.mark.filterwarnings("ignore:.*memory_efficient.*")
+@pytest.mark.parametrize("rate", [0.0, 20.0])
+def test_what_belongs_to_the_trainer_does_not_reach_the_model_in_training_and_evaluation(tmp_path, rate):
+    model, given = tiny_model(), set()
+    model.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
+    settings = {"selector_learning_rate": rate, "penalty_algorithm": "memory_efficient", "eval_strategy": "steps"}
+    trainer = train(
+        tmp_path,
+        model=model,
+        dropout=None,
+        eval_data=completion_data(4, seed=9),
+        eval_steps=1,
+        max_steps=2,
+        **settings,
+    )
+    found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(found) == 2 and found[0] != found[1]
+    assert "input_ids" in given and not {"row_number", "row_hash", "weight"} & given
+
+
 class TestPairs:
     def test_the_loss_of_a_pair_is_that_of_trls_dpo(self, tmp_path):
         data = preference_data()

@@ -108,6 +108,11 @@ class SEALRows:
         ours = (ROW, "away_input_ids", "away_labels")
         self._signature_columns += [column for column in ours if column not in self._signature_columns]
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # Of evaluation, and of plain SFT: a model need not take arguments that it does not know.
+        known = {key: value for key, value in inputs.items() if key != ROW}
+        return super().compute_loss(model, known, *args, **kwargs)  # type: ignore[misc]
+
     # The losses of rows
 
     def _log_probs(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
