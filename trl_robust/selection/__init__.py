@@ -4,7 +4,7 @@ from .baselines import dsir_selector, mix_rows, none_selector, random_selector
 from .functions import SelectorFunction, initial_logits, row_weights
 from .learner import SelectorLearner, SelectorOptimizer
 from .matching import Selection
-from .penalty import PenaltyAlgorithm, PenaltySchedule, auxiliary_loss, model_loss, selection_signal
+from .penalty import PenaltyAlgorithm, PenaltySchedule, model_loss, selection_signal
 from .selector import Selector
 from .streams import CyclingStream
 from .summary import summarize
@@ -18,7 +18,6 @@ __all__ = [
     "SelectorFunction",
     "SelectorLearner",
     "SelectorOptimizer",
-    "auxiliary_loss",
     "dsir_selector",
     "initial_logits",
     "mix_rows",

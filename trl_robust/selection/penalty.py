@@ -101,22 +101,6 @@ def model_loss(safe: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, ga
     return (1 - gamma) * safe.mean() + gamma * (weights * rows).mean()
 
 
-def auxiliary_loss(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """
-    What the auxiliary model `theta_hat` minimises: `mean(weights * rows)`, without gamma and without the safe set.
-
-    Args:
-        rows (`torch.Tensor` of shape `(B,)`):
-            Its losses on a batch of the data.
-        weights (`torch.Tensor` of shape `(B,)`):
-            Weights of these rows.
-
-    Returns:
-        `torch.Tensor`: a scalar.
-    """
-    return (weights * rows).mean()
-
-
 def selection_signal(rows: torch.Tensor, auxiliary: torch.Tensor | None) -> torch.Tensor:
     """
     What speaks against every row: large where a model that must serve the safe set as well cannot fit it.

@@ -26,7 +26,7 @@ from ..data import DataError, content_hash
 from ..data.hashing import row_hashes
 from ..data.row_weights import WEIGHT
 from ..selection.learner import SelectorLearner
-from ..selection.penalty import selection_signal
+from ..selection.penalty import model_loss, selection_signal
 from ..selection.selector import Selector
 from ..selection.streams import CyclingStream
 from .adapters import TwoAdapters
@@ -225,7 +225,7 @@ class SEALTrainer(SEALRows, RobustTrainer, WeightedRows, SFTTrainer):
         if self.args.selection_method != "safe_loss":
             references = None if self._references is None else self._references[rows]
             losses, auxiliary = self._pass(inputs, references, gamma * weights, trains=gamma > 0), None
-            total = total + gamma * (weights * losses).mean()
+            total = model_loss(safe_losses, losses, weights, gamma)
             logged |= {"row_loss": losses.mean(), "weighted_row_loss": (weights * losses).mean()}
             if self.adapters is not None:
                 with self.adapters.auxiliary_active():
