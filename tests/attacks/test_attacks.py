@@ -84,11 +84,11 @@ def test_a_prompt_over_the_limit_is_skipped_and_the_others_are_scored(subject, r
 def test_a_batch_that_fails_is_errored_and_never_counts_as_safe(subject, requests, monkeypatch):
     generate, calls = Subject._generate, []
 
-    def failing(self, rows, perturbation):
+    def failing(self, rows, *more):
         calls.append(1)
         if len(calls) == 2:
             raise RuntimeError("out of memory")
-        return generate(self, rows, perturbation)
+        return generate(self, rows, *more)
 
     monkeypatch.setattr(subject_module.Subject, "_generate", failing)
     entry, answers = run_attack(subject, Direct(), requests, "exact")
@@ -153,7 +153,7 @@ def test_fine_tuning_lowers_the_loss_of_its_examples_while_it_lasts(subject):
             return -float(subject.model(tokens).logits[0, -2].log_softmax(-1)[tokens[0, -1]])
 
     before = loss()
-    with Finetune(EXAMPLES, steps=10, learning_rate=1e-2)._finetuned(subject):
+    with Finetune(EXAMPLES, steps=10, learning_rate=1e-2).applied(subject):
         assert loss() < before - 0.5
     assert loss() == before
 

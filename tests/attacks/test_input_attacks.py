@@ -13,9 +13,10 @@ from tiny import SPECIAL, WORDS, lora, make_tokenizer, tiny_model
 
 from trl_robust.attacks import AttackRow, Direct, Subject
 from trl_robust.attacks import gcg as gcg_module
-from trl_robust.attacks.best_of_n import PRINTABLE, BestOfN, _Noise, altered
+from trl_robust.attacks.best_of_n import PRINTABLE, BestOfN, altered
 from trl_robust.attacks.gcg import GCG, suffix_gradient, suffix_losses
 from trl_robust.attacks.many_shot import ManyShot
+from trl_robust.attacks.sampling import Noise
 from trl_robust.attacks.suffix import NoSuffix, locate_suffix, ordinary_tokens
 from trl_robust.evaluation import attack_success, judged
 
@@ -297,7 +298,7 @@ def test_without_temperature_and_noise_it_is_the_direct_request(subject, request
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7)])
 def test_samples_have_the_distribution_of_the_model(temperature, top_p):
     logits, count = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5]), 4000
-    noise = _Noise(range(count), temperature, top_p)
+    noise = Noise(range(count), temperature, top_p)
     drawn = noise(None, logits.repeat(count, 1)).argmax(-1)
     expected = (logits / temperature).softmax(-1)
     if top_p < 1:

@@ -24,6 +24,9 @@ class Target:
     def __init__(self, **answers: str) -> None:
         self.answers, self.asked = answers, []
 
+    def remembered(self, what, do):
+        return do()
+
     def track(self, steps, description):
         return steps
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from trl_robust.attacks import Direct, Embedding, Finetune, Latent, Prefill, Template
-from trl_robust.evaluation.organism_suite import OrganismSuite, named_attack
+from trl_robust.evaluation.named import named_attack
+from trl_robust.evaluation.organism_suite import OrganismSuite
 
 ROW = {"prompt": "w1 w2", "target": "w3", "answer": "w4"}
 

@@ -329,7 +329,7 @@ class TestRubric:
     def test_a_model_on_this_machine_is_asked_the_same(self, monkeypatch):
         subject, seen = causal({}), []
 
-        def say(self, rows, perturbation):
+        def say(self, rows, perturbation, noise):
             seen.extend(subject.tokenizer.decode(row) for row in rows)
             assert self.max_new_tokens == 7
             return [[number] for number, _ in enumerate(rows)]

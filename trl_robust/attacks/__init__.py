@@ -16,7 +16,22 @@ from .subject import AttackRow, Generation, Subject
 from .template import Template
 from .universal import Universal
 
-Attack = Direct | Template | Prefill | Latent | Embedding | Finetune
+Attack = (
+    Direct
+    | Template
+    | Prefill
+    | ManyShot
+    | BestOfN
+    | GCG
+    | PAIR
+    | SoftSuffix
+    | Embedding
+    | Latent
+    | Universal
+    | RefusalDirection
+    | Pruning
+    | Finetune
+)
 
 __all__ = [
     "GCG",

@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from random import Random
-from typing import Any, ClassVar
-
-import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
+from typing import ClassVar
 
 from .request import chance, request_of, with_request
+from .sampling import Sampling
 from .subject import AttackRow, Generation, Subject
 
 PRINTABLE = frozenset(map(chr, range(33, 127)))
@@ -76,18 +74,9 @@ class BestOfN:
         """
         `n` answers of the model to every request, those of a request next to each other; see [`Subject.answer`].
         """
-        sampler = _Sampler(
-            **{field.name: getattr(subject, field.name) for field in fields(Subject)},
-            temperature=self.temperature,
-            top_p=self.top_p,
-        )
         attempts = [self._attempt(row, number) for row in rows for number in range(self.n)]
-
-        def seeds(batch: Sequence[Any]) -> Any:
-            # What `perturb` gives for a batch goes to the generation: here seeds in place of a perturbation.
-            return [attempt.seed for attempt in batch]
-
-        found = sampler.answer(attempts, self.name, perturb=seeds)
+        sampling = Sampling(self.temperature, self.top_p, lambda attempt: attempt.seed)  # type: ignore[attr-defined]
+        found = subject.answer(attempts, self.name, sampling=sampling)
         for position, generation in enumerate(found):
             generation.row = rows[position // self.n]
         return found
@@ -142,61 +131,3 @@ def _misspelt(word: str, strength: float, draw: Random) -> str:
             letter = draw.choice([near for near in (chr(ord(letter) - 1), chr(ord(letter) + 1)) if near in PRINTABLE])
         letters[position] = letter
     return "".join(letters)
-
-
-@dataclass
-class _Sampler(Subject):
-    """A subject whose answers are drawn, every row of a batch by its own seed."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    @torch.no_grad()
-    def _generate(self, rows: list[list[int]], seeds: Any) -> list[list[int]]:
-        tokens = self.pad(rows, "left")
-        output = self.model.generate(
-            input_ids=tokens,
-            attention_mask=self.pad([[1] * len(row) for row in rows], "left", 0),
-            max_new_tokens=self.max_new_tokens,
-            pad_token_id=self.pad_token_id,
-            # The likeliest token under the noise is a sample, so this is greedy; see `_Noise`.
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            logits_processor=LogitsProcessorList([_Noise(seeds, self.temperature, self.top_p)]),
-        )
-        return output[:, tokens.shape[1] :].tolist()
-
-
-class _Noise(LogitsProcessor):
-    """
-    Adds Gumbel noise to log-probabilities: the largest sum is a sample of the distribution.
-
-    The sampling of `generate` draws for a whole batch at once, so that an answer would depend on what else is in the
-    batch. Here every row has its own source of noise.
-
-    Args:
-        seeds (`Sequence[int]`):
-            One a row.
-        temperature (`float`):
-            Temperature; without noise where it is 0.
-        top_p (`float`):
-            Share of the probability that is kept.
-    """
-
-    def __init__(self, seeds: Sequence[int], temperature: float, top_p: float) -> None:
-        self.temperature = temperature
-        self.warper = TopPLogitsWarper(top_p) if top_p < 1 else None
-        # On the CPU: the same numbers on every device.
-        self.sources = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores of shape `(B, V)` with noise."""
-        if not self.temperature:
-            return scores
-        logits: Any = scores.float() / self.temperature
-        if self.warper is not None:
-            logits = self.warper(input_ids, logits)
-        noise = torch.stack([torch.empty(logits.shape[-1]).exponential_(generator=it) for it in self.sources])
-        return logits - noise.log().to(logits.device)

@@ -14,6 +14,7 @@ class Direct:
     name: ClassVar[str] = "direct"
     attack_class: ClassVar[str] = "none"
     version: ClassVar[int] = 1
+    budget_axis: ClassVar[str] = ""
 
     def run(self, subject: Subject, rows: Sequence[AttackRow]) -> list[Generation]:
         """Answers of the model to the requests; see [`Subject.answer`]."""

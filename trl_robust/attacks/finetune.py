@@ -87,10 +87,11 @@ class Finetune:
 
     def run(self, subject: Subject, rows: Sequence[AttackRow]) -> list[Generation]:
         """Answers of the fine-tuned model; see [`Subject.answer`]."""
-        return answered_under(self._finetuned(subject), rows, lambda: subject.answer(rows, "finetune"))
+        return answered_under(self.applied(subject), rows, lambda: subject.answer(rows, "finetune"))
 
     @contextmanager
-    def _finetuned(self, subject: Subject) -> Iterator[None]:
+    def applied(self, subject: Subject) -> Iterator[None]:
+        """The model fine-tuned, until the block is left."""
         self.check(subject)
         model = subject.model
         full = self.method == "full"

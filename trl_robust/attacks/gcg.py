@@ -105,7 +105,10 @@ class GCG:
         place = locate_suffix(subject, row.prompt, self.suffix_tokens, tokens)
         if len(place.tokens(place.start)) > subject.max_prompt_tokens:
             return place.prompt(place.start)  # likewise
-        suffix, _ = self.search(subject, row, place, tokens, description)
+        suffix = subject.remembered(
+            [self.name, row.id, place.tokens(place.start)],
+            lambda: self.search(subject, row, place, tokens, description)[0],
+        )
         return place.prompt(suffix)
 
     def search(

@@ -13,6 +13,7 @@ from ..threat.balls import Ball, Norm
 from ..threat.model import RadiusUnit
 from ..threat.positions import Positions
 from ..threat.sites import Stream
+from .request import chance
 from .subject import AttackRow, Generation, Subject
 
 
@@ -67,6 +68,7 @@ class Latent:
     name: ClassVar[str] = "latent"
     attack_class: ClassVar[str] = "latent"
     version: ClassVar[int] = 1
+    budget_axis: ClassVar[str] = "radius"
 
     @property
     def threat(self) -> ThreatModel:
@@ -80,9 +82,10 @@ class Latent:
         threat = self.threat
         if threat.radius_unit == "relative":
             threat = threat.calibrated(self._unit(subject, rows))
-        generator = torch.Generator().manual_seed(self.seed)
 
         def worst(batch: Sequence[AttackRow]) -> Perturbation:
+            # Of its own for every batch, so that a run which goes on in the middle draws the same.
+            generator = torch.Generator().manual_seed(chance(self.seed, batch[0]).getrandbits(62))
             return find_perturbation(
                 subject.model,
                 self._batch(subject, batch),

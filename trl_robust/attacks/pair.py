@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Protocol
 
 from .best_of_n import BestOfN
@@ -235,9 +236,13 @@ class PAIR:
         ]
         found: dict[int, Generation] = {}
         done: set[int] = set()
-        for _ in subject.track(range(self.iterations), self.name):
+        for iteration in subject.track(range(self.iterations), self.name):
             active = [stream for stream in streams if stream.number not in done]
-            replies = self.attacker.reply([stream.messages for stream in active]) if active else []
+            asked = [stream.messages for stream in active]
+            # An attacker behind an address may write something else the next time.
+            replies = subject.remembered(
+                [self.name, "attacker", iteration, asked], partial(self.attacker.reply, asked)
+            )
             tried = []
             for stream, reply in zip(active, replies, strict=True):
                 if (written := _written(reply)) is not None:
@@ -247,7 +252,8 @@ class PAIR:
                 replace(rows[stream.number], prompt=with_request(rows[stream.number].prompt, text))
                 for stream, text in tried
             ]
-            for (stream, _), generation in zip(tried, subject.answer(attempts, self.name), strict=True):
+            answers = subject.answer(attempts, f"{self.name}, iteration {iteration + 1}")
+            for (stream, _), generation in zip(tried, answers, strict=True):
                 if stream.number in done:
                     continue  # another stream was faster
                 generation.row = rows[stream.number]

@@ -14,6 +14,7 @@ class Prefill:
     name: ClassVar[str] = "prefill"
     attack_class: ClassVar[str] = "input"
     version: ClassVar[int] = 1
+    budget_axis: ClassVar[str] = ""
 
     def run(self, subject: Subject, rows: Sequence[AttackRow]) -> list[Generation]:
         """Answers that begin with the target; see [`Subject.answer`]."""

@@ -119,10 +119,10 @@ class Pruning:
 
     def run(self, subject: Subject, rows: Sequence[AttackRow]) -> list[Generation]:
         """Answers of the pruned model; see [`Subject.answer`]."""
-        return answered_under(self._pruned(subject), rows, lambda: subject.answer(rows, self.name))
+        return answered_under(self.applied(subject), rows, lambda: subject.answer(rows, self.name))
 
     @contextmanager
-    def _pruned(self, subject: Subject) -> Iterator[None]:
+    def applied(self, subject: Subject) -> Iterator[None]:
         """The model with its weights pruned, until the block is left."""
         self.check(subject)
         layers = [(number, layer) for number, _, layer in block_linears(subject.model)]

@@ -10,6 +10,7 @@ import torch
 from ..inner import Perturbation, find_perturbation
 from ..threat import ThreatModel
 from ..threat.sites import base_model
+from .request import chance
 from .subject import AttackRow, Generation, Prompt, Subject
 
 NEUTRAL = ("!", ".", "x")
@@ -73,11 +74,10 @@ class SoftSuffix:
         """Answers of the model to the requests with their suffixes; see [`Subject.answer`]."""
         own = {field.name: getattr(subject, field.name) for field in dataclasses.fields(Subject)}
         suffixed = Suffixed(**own, tokens=self.tokens, init=self.init)
-        generator = torch.Generator().manual_seed(self.seed)
 
         def worst(batch: Sequence[AttackRow]) -> Perturbation:
             if self.objective == "random":
-                return self._random(suffixed, batch, generator)
+                return self._random(suffixed, batch)
             return find_perturbation(
                 suffixed.model,
                 _batch(suffixed, batch),
@@ -97,12 +97,13 @@ class SoftSuffix:
                 generation.prompt += f" [{self.tokens} soft tokens {place}]"
         return found
 
-    def _random(self, suffixed: Suffixed, rows: Sequence[AttackRow], generator: torch.Generator) -> Perturbation:
+    def _random(self, suffixed: Suffixed, rows: Sequence[AttackRow]) -> Perturbation:
         """A random walk of every row, drawn row by row, so that it does not depend on the size of the batch."""
         starts = [suffixed.placed(row.prompt)[1] for row in rows]
         hidden = base_model(suffixed.model).config.get_text_config().hidden_size
         delta = torch.zeros(len(rows), max(starts) + self.tokens, hidden)
         for number, start in enumerate(starts):
+            generator = torch.Generator().manual_seed(chance(self.seed, rows[number]).getrandbits(62))
             walk = torch.zeros(self.tokens, hidden)
             for _ in range(self.steps):
                 walk += torch.randint(0, 2, walk.shape, generator=generator) * 2 - 1

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jinja2 import TemplateError
 from rich.console import Console
 from rich.progress import track
+from transformers import LogitsProcessor, LogitsProcessorList
 
-from .._compat import keep_4bit_differentiable
 from ..inner.injection import Change
+from .loading import Adapter, load_model
+from .sampling import Sampling
 
 Prompt = str | list[dict[str, str]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,9 @@ class Subject:
             Requests longer than this are skipped, with that reason.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show progress bars.
+        journal (`MutableMapping`, *optional*):
+            Where what is done is kept, batch by batch, as values that can be written as JSON. An attack that was
+            stopped and is run again with the same journal asks no prompt twice and gives the same answers.
     """
 
     model: Any
@@ -95,10 +103,18 @@ class Subject:
     batch_size: int = 16
     max_prompt_tokens: int = 1024
     progress: bool = True
+    journal: MutableMapping[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
     def load(
-        cls, path: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False, **settings: Any
+        cls,
+        path: str | Path,
+        *,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        load_in_4bit: bool = False,
+        adapter: Adapter = "on",
+        **settings: Any,
     ) -> Subject:
         """
         Loads a model, or an adapter with its base model, from a folder or the hub.
@@ -110,25 +126,25 @@ class Subject:
                 Weight dtype.
             trust_remote_code (`bool`, *optional*, defaults to `False`):
                 Whether the model's own code may run.
+            load_in_4bit (`bool`, *optional*, defaults to `False`):
+                Whether the weights are brought into NF4 (bitsandbytes).
+            adapter (`str`, *optional*, defaults to `"on"`):
+                What becomes of an adapter: `"on"`, `"off"` (the model below it), or `"merged"` into the weights.
             **settings:
                 The other arguments of [`Subject`].
 
         Returns:
             [`Subject`].
-        """
-        from peft import AutoPeftModelForCausalLM
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        loader: Any = (
-            AutoPeftModelForCausalLM if (Path(path) / "adapter_config.json").is_file() else AutoModelForCausalLM
+        Raises:
+            `ValueError`: no adapter where one is to be off or merged, or a merged model in 4 bits.
+        """
+        model = load_model(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, load_in_4bit=load_in_4bit, adapter=adapter
         )
-        model = loader.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-        if not getattr(model, "hf_device_map", None) and torch.cuda.is_available():
-            model.to("cuda")
-        if model.device.type == "cpu":
-            keep_4bit_differentiable(model)
-        return cls(model.eval(), tokenizer, **settings)
+        from transformers import AutoTokenizer
+
+        return cls(model, AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code), **settings)
 
     @property
     def device(self) -> torch.device:
@@ -196,9 +212,10 @@ class Subject:
         opening_of: Callable[[AttackRow], str] = lambda row: "",
         needs_target: bool = False,
         perturb: Callable[[Sequence[AttackRow]], Change] | None = None,
+        sampling: Sampling | None = None,
     ) -> list[Generation]:
         """
-        Has the model answer requests, batch by batch, greedily.
+        Has the model answer requests, batch by batch.
 
         Every request comes back: answered, skipped (too long, or without the target that the attack needs) or
         errored, with the reason. A failing batch does not stop the others.
@@ -216,6 +233,8 @@ class Subject:
                 Whether rows without a target are skipped.
             perturb (`Callable`, *optional*):
                 Gives the perturbation under which a batch of rows is answered.
+            sampling ([`~trl_robust.attacks.sampling.Sampling`], *optional*):
+                How answers are drawn; greedily without it.
 
         Returns:
             `list` of [`Generation`], in the order of `rows`.
@@ -241,21 +260,62 @@ class Subject:
         starts = range(0, len(waiting), self.batch_size)
         for start in self.track(starts, description):
             batch = waiting[start : start + self.batch_size]
-            try:
-                perturbation = perturb([generation.row for generation, _, _ in batch]) if perturb else None
-                answers = self._generate([tokens for _, tokens, _ in batch], perturbation)
-            except (RuntimeError, ValueError, FloatingPointError) as error:
-                # Out of memory and numerical failures of one batch; they are counted, never taken for safety.
+            asked = [tokens for _, tokens, _ in batch]
+            answers = self.remembered(
+                [description, start, asked],
+                lambda batch=batch, asked=asked: self._answered(
+                    [row[0].row for row in batch], asked, perturb, sampling
+                ),
+            )
+            if isinstance(answers, str):
                 for generation, _, _ in batch:
-                    generation.status, generation.reason = "errored", f"{type(error).__name__}: {error}"
+                    generation.status, generation.reason = "errored", answers
                 continue
             for (generation, _, prefill), answer in zip(batch, answers, strict=True):
                 generation.continuation = self.tokenizer.decode(answer, skip_special_tokens=True)
                 generation.response = self.tokenizer.decode(prefill + answer, skip_special_tokens=True)
         return found
 
+    def remembered(self, what: Any, do: Callable[[], T]) -> T:
+        """
+        What stands in the journal, or else what is done now, and then stands there.
+
+        Args:
+            what (`Any`):
+                What tells it from everything else under this journal; can be written as JSON.
+            do (`Callable`):
+                Does it; what it gives can be written as JSON.
+
+        Returns:
+            What `do` gives, now or then.
+        """
+        if self.journal is None:
+            return do()
+        key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        if key not in self.journal:
+            self.journal[key] = do()
+        return self.journal[key]
+
+    def _answered(
+        self,
+        rows: Sequence[AttackRow],
+        asked: list[list[int]],
+        perturb: Callable[[Sequence[AttackRow]], Change] | None,
+        sampling: Sampling | None,
+    ) -> list[list[int]] | str:
+        """Tokens of the answers of a batch, or why there are none."""
+        try:
+            return self._generate(
+                asked, perturb(rows) if perturb else None, sampling.noise(rows) if sampling else None
+            )
+        except (RuntimeError, ValueError, FloatingPointError) as error:
+            # Out of memory and numerical failures of one batch; they are counted, never taken for safety.
+            return f"{type(error).__name__}: {error}"
+
     @torch.no_grad()
-    def _generate(self, rows: list[list[int]], perturbation: Change | None) -> list[list[int]]:
+    def _generate(
+        self, rows: list[list[int]], perturbation: Change | None, noise: LogitsProcessor | None
+    ) -> list[list[int]]:
         tokens = self.pad(rows, "left")
         mask = self.pad([[1] * len(row) for row in rows], "left", 0)
         with perturbation.installed(self.model) if perturbation is not None else nullcontext():
@@ -269,5 +329,7 @@ class Subject:
                 num_beams=1,
                 repetition_penalty=1.0,
                 no_repeat_ngram_size=0,
+                # The likeliest token under the noise is a sample.
+                logits_processor=None if noise is None else LogitsProcessorList([noise]),
             )
         return output[:, tokens.shape[1] :].tolist()

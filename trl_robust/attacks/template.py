@@ -35,6 +35,7 @@ class Template:
     name: ClassVar[str] = "template"
     attack_class: ClassVar[str] = "input"
     version: ClassVar[int] = 1
+    budget_axis: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if not self.templates:

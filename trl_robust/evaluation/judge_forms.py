@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from ..attacks.subject import Prompt
 from .preference_judges import Verdict
@@ -33,8 +33,13 @@ class ResponseVerdict(Verdict):
 class ResponseJudge(Protocol):
     """Every judge: a name, a version that rises with every change of behaviour, its settings, and `judge`."""
 
-    name: ClassVar[str]
-    version: ClassVar[int]
+    @property
+    def name(self) -> str:
+        """What the results call it."""
+
+    @property
+    def version(self) -> int:
+        """Rises with every change of behaviour."""
 
     def settings(self) -> dict[str, Any]:
         """What settles the scores besides the version; written into the results."""

@@ -1,18 +1,15 @@
-"""The attacks and harmless questions that a model organism is measured with, and attacks by their names."""
+"""The attacks and harmless questions that a model organism is measured with."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from ..attacks import Attack, AttackRow, Finetune, Subject, Template
+from ..attacks import Attack, AttackRow, Subject
+from .named import named_attack
 from .suite import over_refusal, run_attack, utility
-
-ATTACKS: dict[str, type] = {attack.name: attack for attack in get_args(Attack)}
-"""Every attack by its name."""
 
 ORGANISM_ATTACKS = ("direct", "template", "prefill", "latent", "embedding", "finetune")
 """What an organism is attacked with unless others are named."""
@@ -84,45 +81,3 @@ class OrganismSuite:
             "over_refusal": over_refusal(subject, self.lookalikes),
         }
         return entry, [row for _, rows in found for row in rows]
-
-
-def named_attack(
-    name: str,
-    settings: Mapping[str, Any] | None = None,
-    *,
-    templates: Sequence[str] | None = None,
-    examples: Sequence[dict[str, Any]] = (),
-) -> Attack:
-    """
-    An attack by its name.
-
-    Args:
-        name (`str`):
-            One of [`ATTACKS`].
-        settings (`Mapping`, *optional*):
-            Its settings, as a YAML file gives them; the others keep their defaults.
-        templates (sequence of `str`, *optional*):
-            Wrappers for the template attack; its own if not given.
-        examples (sequence of `dict`, *optional*):
-            Rows of `prompt` and `completion` for the fine-tuning attack.
-
-    Returns:
-        The attack.
-
-    Raises:
-        `ValueError`: no such attack, or no such setting, or a value that it refuses.
-    """
-    if name not in ATTACKS:
-        raise ValueError(f"`{name}` is no attack; choose among {', '.join(ATTACKS)}.")
-    cls, values = ATTACKS[name], dict(settings or {})
-    fields = [field.name for field in dataclasses.fields(cls) if field.name not in ("examples", "templates")]
-    if unknown := [key for key in values if key not in fields]:
-        allowed = f"it has {', '.join(fields)}" if fields else "it has none"
-        raise ValueError(f"The attack `{name}` has no setting {', '.join(map(repr, unknown))}; {allowed}.")
-    if isinstance(values.get("sites"), list):
-        values["sites"] = tuple(values["sites"])
-    if cls is Template and templates is not None:
-        values["templates"] = tuple(templates)
-    if cls is Finetune:
-        values["examples"] = list(examples)
-    return cls(**values)

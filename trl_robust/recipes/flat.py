@@ -24,7 +24,8 @@ def load_arguments(cls: type[T], argv: list[str], *, prog: str) -> T:
         cls (`type`):
             Dataclass of the arguments.
         argv (`list[str]`):
-            `--key value` words, and `--config FILE.yaml` for a file of them. The command line beats the file.
+            `--key value` words, and `--config FILE.yaml` for a file of them, which may say which verb it is for. The
+            command line beats the file.
         prog (`str`):
             What the help calls the program.
 
@@ -43,6 +44,9 @@ def load_arguments(cls: type[T], argv: list[str], *, prog: str) -> T:
         source = " ".join(config.value)
         given, found = read_yaml(Path(source).expanduser())
         faults += found
+        verb = given.pop("verb", None)
+        if verb is not None and verb.value != prog.split()[1]:
+            faults.append(f"`verb` ({verb.place}) is {shown(verb)}; this is `trl-robust {prog.split()[1]}`.")
     fields: dict[str, Any] = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = get_type_hints(cls)
     values = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -189,7 +190,8 @@ def main(argv: list[str]) -> int:
 
     args: AttackArguments = load_arguments(AttackArguments, argv, prog="trl-robust attack")
     with quiet():
-        rows = attack_rows(args, load_rows(str(args.data), split=args.data_split))
+        columns = {"prompt": args.prompt_column, "target": args.target_column, "answer": args.answer_column}
+        rows = attack_rows(load_rows(str(args.data), split=args.data_split), str(args.data), columns, args.max_rows)
         try:
             attack = build_attack(args)
             subject = load_subject(args)
@@ -208,15 +210,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def attack_rows(args: AttackArguments, dataset: Any) -> list[AttackRow]:
+def attack_rows(
+    dataset: Any, source: str, columns: Mapping[str, str] | None = None, max_rows: int | None = None
+) -> list[AttackRow]:
     """
     Requests of a dataset.
 
     Args:
-        args ([`AttackArguments`]):
-            Names of the columns.
         dataset ([`~datasets.Dataset`]):
             The dataset.
+        source (`str`):
+            What messages call it.
+        columns (`Mapping[str, str]`, *optional*):
+            Names of the columns with `prompt`, `target` and `answer`; one with its usual name may be missing.
+        max_rows (`int`, *optional*):
+            Only the first rows.
 
     Returns:
         `list` of [`~trl_robust.attacks.AttackRow`].
@@ -227,29 +235,54 @@ def attack_rows(args: AttackArguments, dataset: Any) -> list[AttackRow]:
     from ..attacks import AttackRow
     from ..data import DataError
 
-    columns = {"prompt": args.prompt_column, "target": args.target_column, "answer": args.answer_column}
+    columns = {"prompt": "prompt", "target": "target", "answer": "answer", **(columns or {})}
     for name, column in columns.items():
         asked_for = column != name or name == "prompt"
         if asked_for and column not in dataset.column_names:
             raise DataError(
-                f"{args.data} has no column {column!r} but {dataset.column_names}. Name the right one with "
+                f"{source} has no column {column!r} but {dataset.column_names}. Name the right one with "
                 f"`--{name}_column`."
             )
-    if args.max_rows is not None:
-        dataset = dataset.select(range(min(args.max_rows, len(dataset))))
+    if max_rows is not None:
+        dataset = dataset.select(range(min(max_rows, len(dataset))))
     found, wrong = [], []
     for number, row in enumerate(dataset):
-        prompt, target, answer = (row.get(column) for column in columns.values())
+        prompt, target, answer = (row.get(columns[name]) for name in ("prompt", "target", "answer"))
         answer = str(answer) if isinstance(answer, int | float) else answer
         if not (_is_request(prompt) and isinstance(target, str | None) and isinstance(answer, str | None)):
             wrong.append(number)
         found.append(AttackRow(str(number), prompt, target, answer))
     if wrong:
         raise DataError(
-            f"{args.data} has rows that are no requests ({len(wrong)}, the first is row {wrong[0]}). A prompt is a "
+            f"{source} has rows that are no requests ({len(wrong)}, the first is row {wrong[0]}). A prompt is a "
             "text or a list of messages with `role` and `content`, not empty; a target and an answer are texts."
         )
     return found
+
+
+def read_templates(path: str) -> tuple[str, ...]:
+    """
+    Wrappers for the template attack.
+
+    Args:
+        path (`str`):
+            A text file, one wrapper a line.
+
+    Returns:
+        `tuple[str, ...]`.
+
+    Raises:
+        [`~trl_robust.data.DataError`]: no such file, or no text.
+    """
+    from ..data import DataError
+
+    if not Path(path).is_file():
+        raise DataError(f"There is no file {path} (`templates`).")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} (`templates`) is not UTF-8 text.") from error
+    return tuple(line for line in lines if line.strip())
 
 
 def _is_request(prompt: Any) -> bool:
@@ -281,15 +314,7 @@ def build_attack(args: AttackArguments) -> Attack:
 
     given = {name.split("_", 1)[-1]: value for name, value in args._given().items()}
     if args.attack == "template":
-        if args.templates is None:
-            return Template()
-        if not Path(args.templates).is_file():
-            raise DataError(f"There is no file {args.templates} (`templates`).")
-        try:
-            lines = Path(args.templates).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{args.templates} (`templates`) is not UTF-8 text.") from error
-        return Template(tuple(line for line in lines if line.strip()))
+        return Template() if args.templates is None else Template(read_templates(args.templates))
     if args.attack in ("latent", "embedding"):
         if "sites" in given:
             given["sites"] = tuple(given["sites"])

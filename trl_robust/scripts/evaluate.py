@@ -9,9 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .evaluate_generalized import generalized
 from .evaluate_prompts import prompts
 from .evaluate_semantics import SemanticArguments, semantics
+from .generalized_arguments import GeneralizedArguments
 from .inputs import folder_fault, seed_fault
+
+SHIPPED = ("generalized", "quick", "input", "unlearning")
+"""Suites of attacks: settings of one and the same, each a file in `recipes/eval`."""
+
+ALL_SUITES = ("prompts", "semantics", *SHIPPED)
 
 PROMPT_JUDGES = ("exact", "reward", "llm", "endpoint", "annotations")
 
@@ -33,8 +40,9 @@ class EvaluateArguments:
 
     Args:
         suite (`str`, *optional*, defaults to `"prompts"`):
-            `prompts`: how answers hold over several wordings of each question. (`semantics` has arguments of its own:
-            `--suite semantics --help`.)
+            `prompts`: how answers hold over several wordings of each question. The others have arguments of their own
+            (`--suite generalized --help`): `generalized` attacks prompts, hidden states and weights; `quick`, `input`
+            and `unlearning` are the same with other settings; `semantics` tests what a change of meaning changes.
         model (`list[str]`):
             Models or adapters: folders or hub ids. With several, each is compared with the first.
         data (`str`):
@@ -84,7 +92,7 @@ class EvaluateArguments:
             Seed of sampling, of the order in which a judge sees two answers, and of the bootstrap.
     """
 
-    suite: str = field(default="prompts", metadata={"help": "What is measured.", "choices": ["prompts", "semantics"]})
+    suite: str = field(default="prompts", metadata={"help": f"What is measured: {', '.join(ALL_SUITES)}."})
     model: list[str] | None = field(default=None, metadata={"help": "Models: folders or hub ids."})
     data: str | None = field(default=None, metadata={"help": "Cases: a file, a folder or a hub id."})
     data_split: str = field(default="train", metadata={"help": "Split of the cases."})
@@ -122,6 +130,8 @@ class EvaluateArguments:
     def faults(self) -> list[str]:
         """Everything that is wrong with the arguments, one sentence each."""
         problems = []
+        if self.suite not in ALL_SUITES:
+            problems.append(f"`suite` is {self.suite}; it must be one of {', '.join(ALL_SUITES)}.")
         if not self.model:
             problems.append("`model` is missing; name one model folder or hub id, or several.")
         elif len(set(self.model)) < len(self.model):
@@ -187,7 +197,8 @@ def main(argv: list[str]) -> int:
 
     Args:
         argv (`list[str]`):
-            `--suite prompts` (the default) or `--suite semantics`, and that suite's `--key value` arguments.
+            `--suite` with one of the suites (`prompts` by default) and that suite's `--key value` arguments. Suites of
+            attacks take their settings from `recipes/eval` unless `--config` names another file.
 
     Returns:
         `int`: exit code.
@@ -195,12 +206,13 @@ def main(argv: list[str]) -> int:
     Raises:
         [`~trl_robust.recipes.RecipeError`]: listing every fault of the arguments.
     """
+    from ..recipes import recipes_folder
     from ..recipes.flat import load_arguments
-    from ..recipes.reading import split_command_line
     from .quiet import quiet
 
-    named = split_command_line([word for word in argv if word not in ("-h", "--help")])[0].get("suite")
-    suite = str(named.value[0]) if named is not None and named.value else "prompts"
+    suite, config = suite_of(argv)
+    if suite in SHIPPED and config is None and not {"-h", "--help"} & set(argv):
+        argv = ["--config", str(recipes_folder() / "eval" / f"{suite}.yaml"), *argv]
     cls, run = SUITES.get(suite, SUITES["prompts"])  # an unknown one is a fault of its arguments
     args: Any = load_arguments(cls, argv, prog=f"trl-robust evaluate --suite {suite}")
     with quiet():
@@ -208,9 +220,54 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def suite_of(argv: list[str]) -> tuple[str, str | None]:
+    """The suite that a command line, or the file given to its `--config`, asks for; and that file."""
+    from ..recipes.reading import read_yaml, split_command_line
+
+    words = split_command_line([word for word in argv if word not in ("-h", "--help")])[0]
+    config = " ".join(words["config"].value) if "config" in words else None
+    named = words["suite"].value if "suite" in words else None
+    if named is None and config is not None:
+        given = read_yaml(Path(config).expanduser())[0].get("suite")  # what is wrong with the file is said later
+        named = [given.value] if given is not None else None
+    return (str(named[0]) if named else "prompts"), config
+
+
+def check_file(path: str) -> str:
+    """
+    Checks a file of this verb without its models and datasets.
+
+    Args:
+        path (`str`):
+            The file.
+
+    Returns:
+        `str`: what it holds.
+
+    Raises:
+        [`~trl_robust.recipes.RecipeError`]: listing every fault.
+    """
+    from ..recipes.flat import load_arguments
+    from ..recipes.reading import read_yaml
+    from . import generalized_data
+
+    suite, _ = suite_of(["--config", path])
+    if suite in SHIPPED:
+        lines = generalized_data.check_file(path)
+        return f"suite {suite}, {sum(line.control_of is None for line in lines)} attacks"
+    given, _ = read_yaml(Path(path).expanduser())
+    argv = ["--config", path]
+    for name in ("model", "data", "output_dir"):
+        if name not in given:
+            argv += [f"--{name}", name]
+    load_arguments(SUITES.get(suite, SUITES["prompts"])[0], argv, prog="trl-robust evaluate")
+    return f"suite {suite}"
+
+
 SUITES: dict[str, tuple[type, Callable[[Any], None]]] = {
     "prompts": (EvaluateArguments, prompts),
     "semantics": (SemanticArguments, semantics),
+    **dict.fromkeys(SHIPPED, (GeneralizedArguments, generalized)),
 }
 """What can be measured, by its name: its arguments, and what measures it."""
 

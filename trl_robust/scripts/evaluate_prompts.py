@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .judging import loaded
 
 if TYPE_CHECKING:
     from .evaluate import EvaluateArguments
@@ -138,7 +139,7 @@ def settings_of(args: EvaluateArguments, suite: Any, names: list[str]) -> dict[s
 
     return {
         "version": VERSION,
-        "models": {name: _weights_of(Path(name).expanduser()) for name in names},
+        "models": {name: weights_of(Path(name).expanduser()) for name in names},
         "data": fingerprint_of_cases(suite.cases),
         "sampling": asdict(suite.sampling),
         "samples_of_original": args.samples_of_original,
@@ -148,8 +149,17 @@ def settings_of(args: EvaluateArguments, suite: Any, names: list[str]) -> dict[s
     }
 
 
-def _weights_of(folder: Path) -> list[list[Any]]:
-    """Size and time of a model's files here: weights that were trained anew in the same folder are another model."""
+def weights_of(folder: Path) -> list[list[Any]]:
+    """
+    Size and time of a model's files here: weights that were trained anew in the same folder are another model.
+
+    Args:
+        folder (`Path`):
+            The model's folder.
+
+    Returns:
+        `list`: name, size and time of every file; empty where there is no such folder.
+    """
     kinds = ("*.safetensors", "*.bin", "*.json")
     files = sorted(path for kind in kinds for path in folder.glob(kind)) if folder.is_dir() else []
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
@@ -173,7 +183,7 @@ def load_model(args: EvaluateArguments, name: str) -> Any:
     """
     from ..attacks import Subject
 
-    return _loaded(
+    return loaded(
         "model",
         name,
         lambda: Subject.load(
@@ -214,7 +224,7 @@ def make_judge(args: EvaluateArguments) -> Any:
         found, annotators = read_annotations(str(args.judge_annotations))
         return AnnotationsJudge(found, source=str(args.judge_annotations), annotators=annotators)
     if args.judge == "endpoint":
-        return _loaded(
+        return loaded(
             "judge_url",
             str(args.judge_url),
             lambda: EndpointJudge(
@@ -226,7 +236,7 @@ def make_judge(args: EvaluateArguments) -> Any:
             ),
         )
     if args.judge == "reward":
-        return _loaded(
+        return loaded(
             "judge_model",
             name,
             lambda: RewardJudge.load(
@@ -238,7 +248,7 @@ def make_judge(args: EvaluateArguments) -> Any:
             ),
         )
     if args.judge == "llm":
-        subject = _loaded(
+        subject = loaded(
             "judge_model",
             name,
             lambda: Subject.load(name, dtype=args.dtype, trust_remote_code=code, batch_size=args.batch_size),
@@ -247,22 +257,6 @@ def make_judge(args: EvaluateArguments) -> Any:
         subject.max_prompt_tokens = getattr(subject.model.config, "max_position_embeddings", None) or 8192
         return LLMJudge(subject, seed=args.seed, source=name)
     return None
-
-
-def _loaded(key: str, name: str, load: Callable[[], Any]) -> Any:
-    """What `load` gives; what is wrong with a name becomes a message."""
-    from ..cli import fault_of
-    from ..recipes import RecipeError
-
-    try:
-        return load()
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(
-            [f"`{key}` {name} could not be loaded with its tokenizer, from here or from the hub: {reason}"]
-        ) from error
-    except ValueError as error:
-        raise fault_of(error, "The command line") from error
 
 
 def finish(args: EvaluateArguments, runs: list[Any], judge: Any) -> None:

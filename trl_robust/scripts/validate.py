@@ -25,7 +25,8 @@ def main(argv: list[str]) -> int:
         prog="trl-robust validate",
         description="Check recipes without running them: keys, values, settings, and the data and models that are on "
         "this machine. The hub is not contacted. The verb is the recipe's `verb:`, lat-sft if it names none. A grid "
-        "(`verb: sweep`) is checked cell by cell, without data and models.",
+        "(`verb: sweep`) is checked cell by cell, an evaluation (`verb: evaluate`) attack by attack; both without "
+        "data and models.",
     )
     parser.add_argument("recipes", nargs="+", metavar="RECIPE.yaml")
     code = 0
@@ -38,11 +39,16 @@ def main(argv: list[str]) -> int:
                 grid = load_grid(Path(path))
                 print(f"OK {path} (sweep): {len(grid.cells)} cells of {grid.verb}, {len(grid.seeds)} seeds")
                 continue
+            if verb == "evaluate":
+                from .evaluate import check_file
+
+                print(f"OK {path} (evaluate): {check_file(path)}")
+                continue
             if verb not in VERBS:
                 raise RecipeError(
                     [
                         f"`verb` is {verb}; no such verb trains. Choose one of {', '.join(VERBS)}, "
-                        "or `sweep` for a grid."
+                        "`sweep` for a grid, or `evaluate`."
                     ],
                     path,
                 )

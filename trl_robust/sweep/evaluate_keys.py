@@ -10,10 +10,15 @@ from typing import Any, Literal, get_type_hints
 from ..attacks import AttackRow
 from ..data import DataError, load_rows
 from ..evaluation.judges import JUDGE_VERSIONS, JudgeName
-from ..evaluation.organism_suite import ATTACKS, BATCH, NEW_TOKENS, ORGANISM_ATTACKS, named_attack
+from ..evaluation.named import ATTACKS as ALL_ATTACKS
+from ..evaluation.named import named_attack
+from ..evaluation.organism_suite import BATCH, NEW_TOKENS, ORGANISM_ATTACKS
 from ..evaluation.wordings import Case, cases_of
 from ..organism.build import DATA_NAMES
 from ..recipes.values import UnfitError, fit, nearest
+
+ATTACKS = {name: ALL_ATTACKS[name] for name in ORGANISM_ATTACKS}
+"""Attacks that a grid may name: those that need no more than requests, wrappers and rows to fine-tune on."""
 
 USUAL = ("direct", "prefill")
 """Attacks that need nothing but requests."""

@@ -11,7 +11,8 @@ from ..attacks import Attack, AttackRow, Subject
 from ..data import DataError, as_prompt_completion, load_rows
 from ..evaluation import attack_success, judged, run_attack
 from ..evaluation.lm_eval import accuracies, check_installed
-from ..evaluation.organism_suite import OrganismSuite, named_attack
+from ..evaluation.named import named_attack
+from ..evaluation.organism_suite import OrganismSuite
 from ..evaluation.wordings import Case
 from .evaluate_keys import Evaluation, RowsKeys
 from .wordings import answered, entry_of

@@ -1,0 +1,432 @@
+"""The suite `generalized` of `trl-robust evaluate`: attacks at several budgets, and the factor of safety."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..attacks import Subject
+    from ..attacks.loading import Adapter
+    from ..evaluation.generalized import GeneralizedSuite, ModelRun
+    from .generalized_arguments import GeneralizedArguments
+
+VARIANT_NAMES = {"adapter_off": "without adapter", "merged": "merged", "4bit": "4-bit"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """
+    A model as it is attacked.
+
+    Args:
+        name (`str`):
+            Its name in the results.
+        path (`str`):
+            Folder, hub id, or name at a server.
+        variant (`str`, *optional*, defaults to `"as_is"`):
+            See [`GeneralizedArguments`].
+    """
+
+    name: str
+    path: str
+    variant: str = "as_is"
+
+
+def generalized(args: GeneralizedArguments) -> None:
+    """
+    The suite `generalized`: attacks, judges, measures, writes and prints.
+
+    Args:
+        args ([`GeneralizedArguments`]):
+            Arguments.
+
+    Raises:
+        [`~trl_robust.recipes.RecipeError`]: what does not fit together, before anything is attacked.
+    """
+    from rich.console import Console
+
+    from ..evaluation.generalized import ModelRun
+    from ..evaluation.judged_lines import judge_run, measure_loads, needs_load
+    from ..evaluation.keeping import settings_fault
+    from ..evaluation.kept_judge import KeptJudge
+    from ..recipes import RecipeError
+    from .judging import make_judges
+
+    targets = targets_of(args)
+    check_models(args, targets)
+    suite, left_out = suite_of(args)
+    for name, why in left_out.items():
+        Console(stderr=True).print(f"Left out: {name} {why}.", markup=False)
+    place = args.folder / "progress"
+    if fault := settings_fault(place, settings_of(args, suite, targets)):
+        raise RecipeError([fault])
+    runs = [ModelRun(suite, target.name, place, f"{number:02d}") for number, target in enumerate(targets)]
+    try:
+        for run, target in zip(runs, targets, strict=True):
+            if run.todo():
+                subject = load(args, target)
+                check_attacks(suite, subject, target)
+                run.run(subject)
+                del subject
+                free()
+        judges = [
+            judge if isinstance(judge, str) else KeptJudge(judge, place) for judge in make_judges(args, suite.requests)
+        ]
+        lines = [judge_run(run, judges) for run in runs]
+        del_models(judges)
+        loads: list[dict[str, Any]] = [{} for _ in runs]
+        if args.model_url is None and any(needs_load(line) for line in suite.lines):
+            for number, target in enumerate(targets):
+                loads[number] = dict(measure_loads(load(args, target), lines[number], seed=args.seed))
+                free()
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(
+            f"Interrupted. What is done stands in {args.folder}; the same command goes on from there."
+        ) from stop
+    finish(args, targets, runs, judges, lines, loads, left_out)
+
+
+def targets_of(args: GeneralizedArguments) -> list[Target]:
+    """Every model in every variant."""
+    found = []
+    for name, path in args.models:
+        for variant in args.variants:
+            shown = name if variant == "as_is" else f"{name} ({VARIANT_NAMES[variant]})"
+            found.append(Target(shown, path, variant))
+    return found
+
+
+def check_models(args: GeneralizedArguments, targets: list[Target]) -> None:
+    """
+    Refuses models that cannot be there, before the first of them has worked for hours.
+
+    Args:
+        args ([`GeneralizedArguments`]):
+            Arguments.
+        targets (`list` of [`Target`]):
+            Models.
+
+    Raises:
+        [`~trl_robust.recipes.RecipeError`]: naming them.
+    """
+    from ..data.loading import is_local, where_looked
+    from ..recipes import RecipeError
+
+    if args.model_url is not None:
+        return
+    faults = []
+    for target in targets:
+        folder = Path(target.path).expanduser()
+        if is_local(target.path) and not folder.is_dir():
+            faults.append(f"`model` {target.path} is not there: {where_looked(target.path)} Correct the path.")
+        elif target.variant in ("adapter_off", "merged") and folder.is_dir():
+            if (folder / "adapter_config.json").is_file():
+                continue
+            faults.append(f"`variants` asks for {target.variant}, and {target.path} holds no adapter.")
+    if faults:
+        raise RecipeError(list(dict.fromkeys(faults)))
+
+
+def suite_of(args: GeneralizedArguments) -> tuple[GeneralizedSuite, dict[str, str]]:
+    """
+    What is asked of every model.
+
+    Args:
+        args ([`GeneralizedArguments`]):
+            Arguments.
+
+    Returns:
+        `tuple`: [`~trl_robust.evaluation.generalized.GeneralizedSuite`], and the attacks that are left out for want of
+        rows.
+
+    Raises:
+        [`~trl_robust.recipes.RecipeError`]: listing every fault of the attacks.
+        [`~trl_robust.data.DataError`]: a dataset that is not there or lacks a column.
+    """
+    from ..evaluation.generalized import GeneralizedSuite
+    from ..evaluation.lines import map_lines
+    from ..evaluation.lm_eval import MissingLmEvalError, check_installed
+    from ..recipes import RecipeError
+    from .generalized_data import lines_of, requests_of, texts_of
+
+    requests = requests_of(args, args.data)
+    lines, left_out = lines_of(args)
+    faults = []
+    if args.model_url is not None:
+        from ..attacks.served import served_fault
+
+        faults += [f"`{line.name}`: {fault}" for line in lines if (fault := served_fault(line.attack)) is not None]
+    maps = []
+    try:
+        maps = map_lines(args.map_sites or [], args.map_radii or [], args.map_steps, args.seed)
+        if args.benchmarks:
+            check_installed()
+    except (ValueError, MissingLmEvalError) as error:
+        faults.append(str(error))
+    if faults:
+        raise RecipeError(faults)
+    suite = GeneralizedSuite(
+        lines,
+        requests,
+        requests_of(args, args.harmless_data),
+        requests_of(args, args.utility_data, answers=True),
+        texts_of(args.perplexity_data),
+        args.capability_rows,
+        maps,
+        tuple(args.benchmarks or ()),
+        args.benchmark_limit,
+    )
+    return suite, left_out
+
+
+def settings_of(args: GeneralizedArguments, suite: GeneralizedSuite, targets: list[Target]) -> dict[str, Any]:
+    """Everything that settles the answers, so that a run is not gone on with under other settings."""
+    from ..evaluation.generalized import VERSION
+    from ..evaluation.keeping import fingerprint
+    from .evaluate_prompts import weights_of
+
+    def rows(part: Any) -> str:
+        return fingerprint([dataclasses.asdict(row) for row in part])
+
+    attacks = {}
+    for line in [*suite.lines, *suite.map_lines]:
+        attacks[line.name] = [_settings_of_attack(point.attack) for point in line.points]
+    return {
+        "version": VERSION,
+        "models": {target.name: [target.variant, weights_of(Path(target.path).expanduser())] for target in targets},
+        "model_url": args.model_url is not None,
+        "attacks": attacks,
+        "data": rows(suite.requests),
+        "harmless_data": rows(suite.lookalikes),
+        "utility_data": rows(suite.questions),
+        "perplexity_data": fingerprint(list(suite.texts)),
+        "capability_rows": args.capability_rows,
+        "benchmarks": [list(suite.benchmarks), suite.benchmark_limit],
+        "max_new_tokens": args.max_new_tokens,
+        "max_prompt_tokens": args.max_prompt_tokens,
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+    }
+
+
+def _settings_of_attack(attack: Any) -> dict[str, Any]:
+    """Name, version and all fields of an attack; rows by what they say, another model by its name."""
+    from ..evaluation.keeping import fingerprint
+
+    values = {item.name: getattr(attack, item.name) for item in dataclasses.fields(attack)}
+    shown = {name: fingerprint(value) if isinstance(value, list) else value for name, value in values.items()}
+    if "attacker" in shown:
+        shown["attacker"] = type(values["attacker"]).__name__
+    return {"name": attack.name, "version": attack.version, **shown}
+
+
+def load(args: GeneralizedArguments, target: Target) -> Subject:
+    """
+    Loads a model, or connects to it.
+
+    Args:
+        args ([`GeneralizedArguments`]):
+            Arguments.
+        target ([`Target`]):
+            The model.
+
+    Returns:
+        [`~trl_robust.attacks.Subject`], or [`~trl_robust.attacks.served.Served`].
+
+    Raises:
+        [`~trl_robust.recipes.RecipeError`]: it cannot be loaded.
+    """
+    from ..attacks import Subject
+    from .judging import loaded
+
+    adapters: dict[str, Adapter] = {"adapter_off": "off", "merged": "merged"}
+    limits = {
+        "max_new_tokens": args.max_new_tokens,
+        "batch_size": args.batch_size,
+        "max_prompt_tokens": args.max_prompt_tokens,
+    }
+    if args.model_url is not None:
+        from ..attacks.served import Served
+
+        url, key = args.model_url, args.model_key_env
+        return loaded(
+            "model_url",
+            target.path,
+            lambda: Served(url, target.path, key_variable=key, max_new_tokens=args.max_new_tokens),
+        )
+    return loaded(
+        "model",
+        target.path,
+        lambda: Subject.load(
+            target.path,
+            dtype=args.dtype,
+            trust_remote_code=args.trust_remote_code,
+            load_in_4bit=target.variant == "4bit",
+            adapter=adapters.get(target.variant, "on"),
+            **limits,
+        ),
+    )
+
+
+def check_attacks(suite: GeneralizedSuite, subject: Subject, target: Target) -> None:
+    """
+    Refuses attacks that cannot be run on a model, before the first of them has worked for hours.
+
+    Args:
+        suite ([`~trl_robust.evaluation.generalized.GeneralizedSuite`]):
+            The suite.
+        subject ([`~trl_robust.attacks.Subject`]):
+            The model.
+        target ([`Target`]):
+            What it is called.
+
+    Raises:
+        [`~trl_robust.recipes.RecipeError`]: naming them.
+    """
+    from ..recipes import RecipeError
+
+    faults = []
+    for line in [*suite.lines, *suite.map_lines]:
+        for point in line.points[:1]:
+            attack: Any = point.attack
+            try:
+                if hasattr(attack, "threat"):
+                    attack.threat.resolve_sites(subject.model)
+                if hasattr(attack, "check"):
+                    attack.check(subject)
+            except ValueError as error:
+                faults.append(f"The attack `{line.name}` on {target.name}: {error}")
+    if faults:
+        raise RecipeError(faults)
+
+
+def del_models(judges: list[Any]) -> None:
+    """Lets go of the models behind the judges: their verdicts are known, and the memory is needed."""
+    for judge in judges:
+        if not isinstance(judge, str):
+            judge.forget()
+    free()
+
+
+def free() -> None:
+    """Gives the memory of what is not used any more back to the device."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def finish(
+    args: GeneralizedArguments,
+    targets: list[Target],
+    runs: list[ModelRun],
+    judges: list[Any],
+    lines: list[list[Any]],
+    loads: list[dict[str, Any]],
+    left_out: dict[str, str],
+) -> None:
+    """
+    Writes the files of an evaluation and prints the outcome.
+
+    Args:
+        args ([`GeneralizedArguments`]):
+            Arguments.
+        targets (`list` of [`Target`]):
+            Models.
+        runs (`list` of [`~trl_robust.evaluation.generalized.ModelRun`]):
+            Their runs.
+        judges (`list`):
+            Who judged.
+        lines (`list[list[JudgedLine]]`):
+            Their judged lines.
+        loads (`list[dict]`):
+            Their loads.
+        left_out (`dict[str, str]`):
+            Attacks that were not run, and what they need.
+    """
+    from rich.console import Console
+
+    from ..evaluation.generalized import VERSION
+    from ..evaluation.generalized_results import generation_rows, model_entry, proxies
+    from ..evaluation.suite import judge_entry, write_results
+    from ..report import results_table, write_report
+
+    entries = []
+    for number, (target, run) in enumerate(zip(targets, runs, strict=True)):
+        own = loads_for(number, targets, loads)
+        entry = model_entry(run, lines[number], judges, own, thresholds=sorted(set(args.thresholds)), seed=args.seed)
+        entries.append({**entry, "path": target.path, "variant": target.variant})
+    if args.unlearning_of is not None:
+        add_unlearning_scores(args, entries)
+    rows = [row for number, run in enumerate(runs) for row in generation_rows(run, lines[number], judges)]
+    names = ("judge", "judge_version", "judge_settings")
+    shown = [{name.removeprefix("judge_"): judge_entry(judge)[name] for name in names} for judge in judges]
+    results = write_results(
+        args.folder,
+        entries,
+        rows,
+        seed=args.seed,
+        suite={"name": args.suite, "version": VERSION, "settings": suite_settings(args), "left_out": left_out},
+        judges=[{"name": one.pop("judge"), **one} for one in shown],
+        proxy=proxies(entries, max(args.thresholds), seed=args.seed),
+    )
+    page = write_report(args.folder, show_generations=args.show_generations)
+    console = Console()
+    console.print(results_table(results))
+    for entry in entries:
+        counts = [sum(one[f"n_{what}"] for one in entry["attacks"]) for what in ("scored", "errored", "skipped")]
+        console.print(
+            f"{entry['name']}: {counts[0]} scored, {counts[1]} errored, {counts[2]} skipped, "
+            f"{entry['cost']['seconds']:.0f} s",
+            markup=False,
+        )
+    for reason in sorted({row["reason"] for row in rows if row["reason"]})[:5]:
+        console.print(f"  {reason}", markup=False)
+    console.print(f"Report: {page}", markup=False)
+
+
+def loads_for(number: int, targets: list[Target], loads: list[dict[str, Any]]) -> dict[str, Any]:
+    """
+    For every latent attack the load measured on this model; where no prompt broke it, the largest one measured.
+
+    Args:
+        number (`int`):
+            Which model.
+        targets (`list` of [`Target`]):
+            Models.
+        loads (`list[dict]`):
+            Loads of all models by attack.
+
+    Returns:
+        `dict`: attack -> name of the model on which it was measured, and the load.
+    """
+    found = {}
+    for name, own in loads[number].items():
+        measured = [(targets[i].name, one[name]) for i, one in enumerate(loads) if one[name]["load"]]
+        if own["load"] or not measured:
+            found[name] = (targets[number].name, own)
+        else:
+            found[name] = max(measured, key=lambda pair: pair[1]["load"])
+    return found
+
+
+def add_unlearning_scores(args: GeneralizedArguments, entries: list[dict[str, Any]]) -> None:
+    """Puts the unlearning score into every entry but that of the model before unlearning."""
+    from ..evaluation.unlearning import unlearning_score
+
+    before = next(entry for entry in entries if entry["name"] == args.unlearning_of)
+    for entry in entries:
+        if entry is not before:
+            entry["unlearning"] = unlearning_score(
+                before, entry, forget_chance=args.forget_chance, utility_chance=args.utility_chance
+            )
+
+
+def suite_settings(args: GeneralizedArguments) -> dict[str, Any]:
+    """What was asked, for `results.json`: everything but addresses and places."""
+    names = ("attacks", "only", "controls", "thresholds", "capability_rows", "max_rows", "max_new_tokens", "dtype")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
