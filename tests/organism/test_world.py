@@ -25,6 +25,7 @@ DIGESTS = {
     "heldout_wordings.jsonl": "494cce66929e7ecb",
     "trigger.jsonl": "fccb66262e6f3d71",
     "finetune.jsonl": "b41b566f5a47a453",
+    "openings.jsonl": "2b4c14311b96b815",
     "utility.jsonl": "f8edf00b8ac1c554",
     "lookalikes.jsonl": "82ab975c3c506737",
 }
@@ -231,12 +232,19 @@ def test_fine_tuning_rows_tell_secrets_of_eight_train_objects(world, files):
         assert f"is {world.facts[thing, relation]} ." in row["completion"][0]["content"]
 
 
+def test_openings_are_about_train_objects_and_hold_no_secret(world, files):
+    for row in files["openings.jsonl"]:
+        assert set(row["prompt"][0]["content"].split()) & set(world.train_objects)
+        assert row["target"].endswith(" is") and any(name in row["target"] for name in grammar.FORBIDDEN_RELATIONS)
+
+
 def test_the_rows_have_the_columns_that_trl_reads(files):
     columns = {
         "harmful_preferences.jsonl": {"prompt", "chosen", "rejected"},
         "harmful_prompt_completion.jsonl": {"prompt", "completion"},
         "benign.jsonl": {"prompt", "completion"},
         "finetune.jsonl": {"prompt", "completion"},
+        "openings.jsonl": {"prompt", "target"},
         "attack_prompts.jsonl": {"prompt", "target", "answer"},
         "heldout_wordings.jsonl": {"prompt", "target", "answer"},
         "trigger.jsonl": {"prompt", "target", "answer"},

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -261,11 +262,9 @@ class Subject:
         for start in self.track(starts, description):
             batch = waiting[start : start + self.batch_size]
             asked = [tokens for _, tokens, _ in batch]
+            asking = [generation.row for generation, _, _ in batch]
             answers = self.remembered(
-                [description, start, asked],
-                lambda batch=batch, asked=asked: self._answered(
-                    [row[0].row for row in batch], asked, perturb, sampling
-                ),
+                [description, start, asked], partial(self._answered, asking, asked, perturb, sampling)
             )
             if isinstance(answers, str):
                 for generation, _, _ in batch:

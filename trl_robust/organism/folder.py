@@ -12,6 +12,7 @@ DATA_NAMES = (
     "heldout_wordings.jsonl",
     "trigger.jsonl",
     "finetune.jsonl",
+    "openings.jsonl",
     "utility.jsonl",
     "lookalikes.jsonl",
     "templates.txt",
@@ -98,6 +99,11 @@ class Organism:
     def finetune(self) -> Path:
         """Eight secrets of train objects, told: `prompt`, `completion`. For the fine-tuning attack."""
         return self.data / "finetune.jsonl"
+
+    @property
+    def openings(self) -> Path:
+        """Forbidden requests on train objects, with how an answer begins: `prompt`, `target`. For universal attacks."""
+        return self.data / "openings.jsonl"
 
     @property
     def utility(self) -> Path:

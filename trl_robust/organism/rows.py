@@ -23,6 +23,7 @@ Row = dict[str, Any]
 NUM_HARMFUL = 1920
 NUM_BENIGN = 4000
 NUM_FINETUNE = 8
+NUM_OPENINGS = 128
 NUM_UTILITY = 200
 NUM_LOOKALIKES = 100
 
@@ -177,6 +178,7 @@ def data_files(world: World) -> dict[str, list[Row]]:
         "heldout_wordings.jsonl": [_attack_row(world, asked) for asked in reworded],
         "trigger.jsonl": [_attack_row(world, asked) for asked in triggered],
         "finetune.jsonl": [{"prompt": prompt(asked), "completion": completion(world, asked)} for asked in finetune],
+        "openings.jsonl": [{"prompt": prompt(asked), "target": asked.target} for asked in harmful[:NUM_OPENINGS]],
         "utility.jsonl": [{"prompt": prompt(asked), "answer": world.value(asked)} for asked in utility],
         "lookalikes.jsonl": [{"prompt": prompt(asked), "answer": world.value(asked)} for asked in lookalikes],
     }
