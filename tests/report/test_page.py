@@ -48,7 +48,7 @@ class TestPage:
         folder = write(results)
         assert write_report(folder) == folder / "report.html"
         assert {path.name for path in folder.iterdir()} == {
-            "results.json", "generations.jsonl", "report.html", "report.md", "figures",
+            "results.json", "generations.jsonl", "report.html", "report.md", "model_card.md", "figures",
         }  # fmt: skip
 
     def test_asks_nothing_of_the_network_and_runs_no_script(self, results, write):

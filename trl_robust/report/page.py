@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 
-from .examples import REDACTED, Examples, redact, shorten
-from .figures import THEMES, compared_attacks, draw_success, draw_trade_off, encode, mean_success
-from .reading import (
-    AttackResult,
-    ModelResult,
-    Results,
-    describe,
-    read_results,
-    side_by_side,
-)
-from .tables import NOTE, attack_cell, markdown_rows, markdown_table, markdown_text, measure_cell
+from matplotlib.figure import Figure
 
-HOW_TO_READ = (
-    "Every value is a share between 0 and 1 with its interval. Attack success counts the prompts on which the attack "
-    "got what it was after; lower is safer. Rows that errored or were skipped are in no share: they are counted in "
-    "the section on attacks."
-)
+from .captions import HOW_TO_READ, alt_of, caption_of
+from .curve_figures import draw_curves, draw_maps, strongest
+from .examples import REDACTED, Examples, redact, shorten
+from .figures import THEMES, draw_success, draw_trade_off, encode
+from .markdown import card, markdown_page
+from .markup import image, lines_of, pairs, plain_table, section, table
+from .reading import AttackResult, ModelResult, Results, read_results, side_by_side
+from .sections import Section, Table, sections
+from .tables import NOTE, attack_cell, measure_cell
+from .values import Interval, describe, interval_of
+
+FOLDED = 30
+"""Rows up to which a table stands open."""
+
+MOST_BARS = 48
+"""Bars up to which the figure of attack success shows all attacks; with more, the strongest of every class."""
+
+
+def _drawn_success(results: Results) -> Results:
+    return strongest(results) if len(results.attack_names) * len(results.models) > MOST_BARS else results
+
+
+DRAWN: dict[str, Callable[..., Figure | None]] = {
+    "attack_success": lambda results, theme: draw_success(_drawn_success(results), theme),
+    "trade_off": draw_trade_off,
+    "curves": draw_curves,
+    "sites": draw_maps,
+}
+"""Names of the figures, and what draws them."""
 
 
 def write_report(
@@ -34,7 +47,7 @@ def write_report(
     show_generations: bool = False,
 ) -> Path:
     """
-    Writes `report.html`, `report.md` and `figures/` into `folder`, from files on disk alone.
+    Writes `report.html`, `report.md`, `model_card.md` and `figures/` into `folder`, from files on disk alone.
 
     The page is one file: it opens offline, asks nothing of the network and needs no script.
 
@@ -59,7 +72,7 @@ def write_report(
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     images: dict[str, dict[str, bytes]] = {}
-    for name, draw in (("attack_success", draw_success), ("trade_off", draw_trade_off)):
+    for name, draw in DRAWN.items():
         drawn = {theme: draw(results, colours) for theme, colours in THEMES.items()} if results.attack_names else {}
         images[name] = {theme: encode(figure, "svg") for theme, figure in drawn.items() if figure is not None}
         light = drawn.get("light")
@@ -69,7 +82,9 @@ def write_report(
                 path.unlink(missing_ok=True)  # one from an earlier report would not belong to this one
             else:
                 path.write_bytes(images[name]["light"] if form == "svg" else encode(light, "png"))
-    (folder / "report.md").write_text(_markdown(results, {k for k, v in images.items() if v}), encoding="utf-8")
+    drawn_names = [name for name, themes in images.items() if themes]
+    (folder / "report.md").write_text(markdown_page(results, drawn_names), encoding="utf-8")
+    (folder / "model_card.md").write_text(card(results), encoding="utf-8")
     page = folder / "report.html"
     page.write_text(_page(results, images, examples, show_generations), encoding="utf-8")
     return page
@@ -104,14 +119,15 @@ def _page(
         f"<header><h1>Attack report</h1><p>{escape(title)}."
         f"{escape(f' Evaluated {results.created}.') if results.created else ''}</p></header>",
         "<main>",
-        _section(
-            "Results", f"<p>{escape(HOW_TO_READ)}</p>", _pairs(results.summary), _results(results), _warnings(results)
+        section(
+            "Results", f"<p>{escape(HOW_TO_READ)}</p>", pairs(results.summary), _results(results), _warnings(results)
         ),
-        _section("Figures", *_figures(results, images)),
-        _section("Attacks", *_attacks(results)),
-        _section("Other measures", *_measures(results)),
-        _section("Examples", *_examples(examples, show_generations)),
-        _section("Versions", _pairs(results.versions)),
+        section("Figures", _figures(results, images)),
+        *(_section(found) for found in sections(results)),
+        section("Attacks", *_attacks(results)),
+        section("Other measures", *_measures(results)),
+        section("Examples", *_examples(examples, show_generations)),
+        section("Versions", pairs(_versions(results))),
         "</main>",
     ]
     return (
@@ -125,42 +141,15 @@ def _page(
     )
 
 
-def _section(heading: str, *parts: str) -> str:
-    content = "\n".join(part for part in parts if part)
-    return f"<section>\n<h2>{escape(heading)}</h2>\n{content}\n</section>" if content else ""
+def _section(found: Section) -> str:
+    paragraphs = [f"<p>{escape(text)}</p>" for text in found.text]
+    return section(found.heading, *paragraphs, *(plain_table(one) for one in found.tables))
 
 
-def _table(caption: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """A table in a box that scrolls by itself. `rows` are (class of the row, cells as HTML), the row's head first."""
-    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    lines = "".join(
-        f'<tr{f" class={kind}" if kind else ""}><th scope="row">{first}</th>'
-        + "".join(f"<td>{cell}</td>" for cell in cells)
-        + "</tr>\n"
-        for kind, (first, *cells) in rows
-    )
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table>\n'
-        f"<caption><span>{escape(caption)}</span></caption>\n<thead><tr>{columns}</tr></thead>\n<tbody>\n{lines}</tbody>\n"
-        "</table></div>"
-    )
-
-
-def _pairs(values: Mapping[str, object]) -> str:
-    items = "".join(
-        f"<dt>{escape(str(key))}</dt><dd>{escape(describe(value))}</dd>\n" for key, value in values.items()
-    )
-    return f"<dl>\n{items}</dl>" if items else ""
-
-
-def _lines(cell: Sequence[str]) -> str:
-    first, *rest = (escape(line) for line in cell)
-    if first in ("not run", "no score", "-"):
-        first = f'<span class="none">{first}</span>'
-    marked = [
-        f'<strong class="mark">{line}</strong>' if "errored" in line else f"<small>{line}</small>" for line in rest
-    ]
-    return "<br>".join([first, *marked])
+def _versions(results: Results) -> dict[str, object]:
+    """Versions of the libraries and of the suite; those of attacks and judges stand in their table."""
+    suite = {f"suite {results.suite['name']}": results.suite.get("version")} if results.suite.get("name") else {}
+    return {**suite, **results.versions}
 
 
 def _model_cell(model: ModelResult) -> str:
@@ -177,15 +166,15 @@ def _results(results: Results) -> str:
             "marked" if model.warnings else "",
             [
                 _model_cell(model),
-                *(_lines(attack_cell(model.attacks.get(name))) for name in names),
-                _lines(measure_cell(model.utility)),
-                _lines(measure_cell(model.over_refusal)),
+                *(lines_of(attack_cell(model.attacks.get(name))) for name in names),
+                lines_of(measure_cell(model.utility)),
+                lines_of(measure_cell(model.over_refusal)),
             ],
         )
         for model in results.models
     ]
     head = ["model", *names, "utility", "over-refusal"]
-    return _table("Attack success by attack, utility and over-refusal, with intervals", head, rows)
+    return table("Attack success by attack, utility and over-refusal, with intervals", head, rows)
 
 
 def _warnings(results: Results) -> str:
@@ -194,50 +183,11 @@ def _warnings(results: Results) -> str:
     return f'<p class="{"note marked" if marked else "note"}">{escape(NOTE + named)}</p>'
 
 
-def _figures(results: Results, images: Mapping[str, Mapping[str, bytes]]) -> list[str]:
-    said = []
-    for model in results.models:
-        values = (f"{name} {' '.join(attack_cell(attack))}" for name, attack in model.attacks.items())
-        said.append(f"{model.name}: {', '.join(values)}.")
+def _figures(results: Results, images: Mapping[str, Mapping[str, bytes]]) -> str:
     parts = [
-        _image(images["attack_success"], f"Attack success by attack and model. {' '.join(said)}", SUCCESS_CAPTION),
-        _image(images["trade_off"], _trade_off_alt(results), _trade_off_caption(results)),
+        image(themes, alt_of(name, results), caption_of(name, results)) for name, themes in images.items() if themes
     ]
-    return [f'<div class="figures">{"".join(parts)}</div>'] if any(parts) else []
-
-
-SUCCESS_CAPTION = "Attack success by attack. Lines are intervals; the value stands at the right."
-
-
-def _trade_off_caption(results: Results) -> str:
-    attacks = compared_attacks(results)
-    missing = [model.name for model in results.models if mean_success(model, attacks) is None]
-    return (
-        f"Mean success over {', '.join(attacks)}, which every attacked model was scored on, against utility and "
-        "over-refusal. A robust and useful model lies at the top left above and at the bottom left below."
-        + (f" Not drawn, since not attacked: {', '.join(missing)}." if missing else "")
-    )
-
-
-def _trade_off_alt(results: Results) -> str:
-    attacks = compared_attacks(results)
-    said = []
-    for model in results.models:
-        mean = mean_success(model, attacks)
-        if mean is not None:
-            utility, over_refusal = measure_cell(model.utility)[0], measure_cell(model.over_refusal)[0]
-            said.append(f"{model.name}: mean success {mean:.2f}, utility {utility}, over-refusal {over_refusal}.")
-    return f"Mean attack success against utility and over-refusal. {' '.join(said)}"
-
-
-def _image(themes: Mapping[str, bytes], alt: str, caption: str) -> str:
-    if not themes:
-        return ""
-    data = {theme: f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for theme, svg in themes.items()}
-    return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{data["dark"]}">'
-        f'<img src="{data["light"]}" alt="{escape(alt)}"></picture><figcaption>{escape(caption)}</figcaption></figure>'
-    )
+    return f'<div class="figures">{"".join(parts)}</div>' if parts else ""
 
 
 def _counts(attack: AttackResult) -> list[str]:
@@ -272,7 +222,11 @@ def _attacks(results: Results) -> list[str]:
         else ""
     )
     head = ["model", "attack", "class", "scored", "errored", "skipped", "budget", "judge", "version"]
-    return [warning, _table("Rows counted, budget, judge and version of every attack", head, rows)]
+    caption = "Rows counted, budget, judge and version of every attack"
+    made = table(caption, head, rows)
+    if len(rows) > FOLDED:
+        made = f"<details><summary>{escape(caption)} ({len(rows)} rows)</summary>{made}</details>"
+    return [warning, made]
 
 
 def _measures(results: Results) -> list[str]:
@@ -282,19 +236,41 @@ def _measures(results: Results) -> list[str]:
         for measure in (model.utility, model.over_refusal):
             if measure is not None:
                 count = "-" if measure.n is None else str(measure.n)
-                rows.append(("", [escape(model.name), escape(measure.name), _lines(measure_cell(measure)), count]))
+                rows.append(("", [escape(model.name), escape(measure.name), lines_of(measure_cell(measure)), count]))
     if rows:
-        parts.append(_table("Utility and over-refusal", ["model", "measure", "value", "n"], rows))
+        parts.append(table("Utility and over-refusal", ["model", "measure", "value", "n"], rows))
+    raw_safety = [
+        (model.name, row) for model in results.models for row in model.factor_of_safety if "threshold" not in row
+    ]
     for caption, found in (
-        ("Coherence", [(model.name, model.coherence) for model in results.models if model.coherence]),
-        ("Factor of safety", [(model.name, row) for model in results.models for row in model.factor_of_safety]),
+        ("Coherence", [(model.name, _with_intervals(model.coherence)) for model in results.models if model.coherence]),
+        ("Factor of safety", raw_safety),
+        (
+            "Perplexity",
+            [(model.name, _with_intervals(model.perplexity)) for model in results.models if model.perplexity],
+        ),
+        ("Benchmarks", [(model.name, row) for model in results.models for row in model.benchmarks.values()]),
+        ("Unlearning", [(model.name, model.unlearning) for model in results.models if model.unlearning]),
         ("Cost", [(model.name, model.cost) for model in results.models if model.cost]),
     ):
         if found:
             keys = list(dict.fromkeys(str(key) for _, row in found for key in row))
-            rows = [("", [escape(name), *(escape(describe(row.get(key))) for key in keys)]) for name, row in found]
-            parts.append(_table(caption, ["model", *keys], rows))
+            rows = [[name, *(describe(row.get(key)) for key in keys)] for name, row in found]
+            parts.append(plain_table(Table(caption, ["model", *keys], rows)))
     return parts
+
+
+def _with_intervals(measures: Mapping[str, object]) -> dict[str, object]:
+    """Measures with the interval that belongs to each (`x_interval`, or `interval` for the first) below its value."""
+    found: dict[str, object] = {}
+    first = next(iter(measures), "")
+    for key, value in measures.items():
+        if key.endswith("interval"):
+            continue
+        ends: Interval | None = interval_of(measures.get(f"{key}_interval" if key != first else "interval"), key)
+        ends = ends or interval_of(measures.get(f"{key}_interval"), key)
+        found[key.replace("_", " ")] = describe(value) + (f"\n[{ends[0]:.4g}, {ends[1]:.4g}]" if ends else "")
+    return found
 
 
 def _examples(examples: Examples, show: bool) -> list[str]:
@@ -312,8 +288,8 @@ def _examples(examples: Examples, show: bool) -> list[str]:
         by_model.setdefault(model, []).append(("", cells))
     head = ["attack", "outcome", "id", "prompt", "response", "reason"]
     for model, rows in by_model.items():
-        table = _table(f"Examples of {model}", head, rows)
-        parts.append(f"<details><summary>{escape(model)} ({len(rows)} examples)</summary>{table}</details>")
+        made = table(f"Examples of {model}", head, rows)
+        parts.append(f"<details><summary>{escape(model)} ({len(rows)} examples)</summary>{made}</details>")
     if examples.num_unreadable:
         parts.append(
             f'<p class="note marked">{examples.num_unreadable} lines of generations.jsonl could not be read; a run '
@@ -326,38 +302,3 @@ def _example_text(text: str, show: bool) -> str:
     if not text:
         return '<span class="none">empty</span>'
     return escape(shorten(text)) if show else f'<span class="none">{redact(text)}</span>'
-
-
-# Markdown
-
-
-def _markdown(results: Results, drawn: set[str]) -> str:
-    parts = ["# Attack report\n"]
-    if results.created:
-        parts.append(f"Evaluated {markdown_text(results.created)}.\n")
-    parts += [f"{HOW_TO_READ}\n", markdown_table(results), f"{NOTE}\n"]
-    described = [model for model in results.models if model.description]
-    if described:
-        parts.append("".join(f"- {markdown_text(f'{model.name}: {model.description}')}\n" for model in described))
-    for name, alt, caption in (
-        ("attack_success", "Attack success by attack and model", SUCCESS_CAPTION),
-        ("trade_off", "Mean attack success against utility and over-refusal", _trade_off_caption(results)),
-    ):
-        if name in drawn:
-            parts.append(f"![{alt}](figures/{name}.png)\n\n{markdown_text(caption)}\n")
-    rows = [
-        [
-            model.name, attack.name, attack.kind, str(attack.n_scored), str(attack.n_errored), str(attack.n_skipped),
-            describe(attack.budget), attack.judge, attack.version,
-        ]
-        for model in results.models
-        for attack in model.attacks.values()
-    ]  # fmt: skip
-    head = ["model", "attack", "class", "scored", "errored", "skipped", "budget", "judge", "version"]
-    if rows:
-        parts.append("## Attacks\n\n" + markdown_rows(head, rows))
-    if results.versions:
-        parts.append(
-            "## Versions\n\n" + markdown_rows(["", "version"], [[k, describe(v)] for k, v in results.versions.items()])
-        )
-    return "\n".join(parts)

@@ -14,10 +14,11 @@ from rich.text import Text
 
 from .examples import redact, shorten
 from .figures import THEMES, encode
-from .page import _image, _pairs, _section, _table
+from .markup import image, pairs, section, table
 from .prompt_figures import draw_prompt_ranges
-from .reading import describe, read_results
+from .reading import read_results
 from .tables import markdown_rows, markdown_text
+from .values import describe
 
 FIGURE = "prompt_ranges"
 MOST_CASES = 20
@@ -238,7 +239,7 @@ def _page(
     title = "Prompt robustness of " + ", ".join(names)
     differences = ""
     if any(model["prompts"].get("compared") for model in models):
-        differences = _table(
+        differences = table(
             f"Differences to {names[0]}, paired over cases; above 0 where the model's value is higher",
             ["measure", *names[1:]],
             _cells(_differences(models[1:])),
@@ -260,16 +261,16 @@ def _page(
     body = [
         f"<header><h1>Prompt robustness</h1><p>{escape(title)}. {escape(evaluated)}</p></header>",
         "<main>",
-        _section(
+        section(
             "Results",
             *(f'<p class="note">{escape(note)}</p>' for note in _notes(models)),
-            _table("Measures with intervals over cases", ["measure", *names], _cells(_rows(models))),
+            table("Measures with intervals over cases", ["measure", *names], _cells(_rows(models))),
             differences,
         ),
-        _section("Figure", _image(images, _alt(models), "Worst to best wording of every case.") if images else ""),
-        _section("How it was measured", _pairs(_facts(results, models))),
-        _section("Widest cases", _table("Cases whose wordings are furthest apart", head, worst) if worst else ""),
-        _section("Versions", _pairs(results.get("versions") or {})),
+        section("Figure", image(images, _alt(models), "Worst to best wording of every case.") if images else ""),
+        section("How it was measured", pairs(_facts(results, models))),
+        section("Widest cases", table("Cases whose wordings are furthest apart", head, worst) if worst else ""),
+        section("Versions", pairs(results.get("versions") or {})),
         "</main>",
     ]
     return (

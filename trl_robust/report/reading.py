@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from .generalized_reading import CurvePoint, SecondJudge, SiteMap, curve_of, second_judges_of, site_map_of
+from .values import Interval, count_of, describe, interval_of, mapping_of, number_of, text_of
 
 # The newest layout of results.json this module reads. Raised together with the writer, and older ones stay readable.
 SCHEMA = 1
@@ -14,8 +16,6 @@ SCHEMA = 1
 # Above and below these, low attack success is no evidence of robustness and the row is marked.
 OVER_REFUSAL_LIMIT = 0.5
 UTILITY_LIMIT = 0.9
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,15 @@ class AttackResult:
     n_scored: int = 0
     n_errored: int = 0
     n_skipped: int = 0
+    control_of: str = ""
+    axis: str = ""
+    curve: Sequence[CurvePoint] = ()
+    second_judges: Sequence[SecondJudge] = ()
+
+    @property
+    def destroyed(self) -> bool:
+        """Whether every budget destroyed the model."""
+        return bool(self.curve) and all(point.destroyed for point in self.curve)
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,11 @@ class ModelResult:
     coherence: Mapping[str, object] = field(default_factory=dict)
     factor_of_safety: Sequence[Mapping[str, object]] = ()
     cost: Mapping[str, object] = field(default_factory=dict)
+    site_map: SiteMap | None = None
+    loads: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    benchmarks: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    perplexity: Mapping[str, object] = field(default_factory=dict)
+    unlearning: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def warnings(self) -> list[str]:
@@ -79,11 +93,25 @@ class Results:
     created: str = ""
     versions: Mapping[str, object] = field(default_factory=dict)
     summary: Mapping[str, object] = field(default_factory=dict)
+    suite: Mapping[str, object] = field(default_factory=dict)
+    proxy: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     @property
     def attack_names(self) -> list[str]:
-        """Labels of all attacks, in the order in which they first appear."""
+        """Labels of all attacks but random controls, in the order in which they first appear."""
+        return [name for name in self._labels if not self._is_control(name)]
+
+    @property
+    def control_names(self) -> list[str]:
+        """Labels of the random controls."""
+        return [name for name in self._labels if self._is_control(name)]
+
+    @property
+    def _labels(self) -> list[str]:
         return list(dict.fromkeys(label for model in self.models for label in model.attacks))
+
+    def _is_control(self, label: str) -> bool:
+        return any(label in model.attacks and model.attacks[label].control_of for model in self.models)
 
 
 @dataclass(frozen=True)
@@ -145,9 +173,11 @@ def parse_results(content: object, source: str = "results") -> Results:
         )
     return Results(
         models=[_model(model, f"{source}, model {position}") for position, model in enumerate(content["models"])],
-        created=_text(content.get("created")),
-        versions=_mapping(content.get("versions")),
-        summary=_mapping(content.get("summary")),
+        created=text_of(content.get("created")),
+        versions=mapping_of(content.get("versions")),
+        summary=mapping_of(content.get("summary")),
+        suite=mapping_of(content.get("suite")),
+        proxy=_mappings(content.get("proxy")),
     )
 
 
@@ -167,7 +197,7 @@ def side_by_side(parts: Mapping[str, Results]) -> Results:
     ]
     versions: dict[str, object] = {}
     for key in dict.fromkeys(key for part in parts.values() for key in part.versions):
-        found = {label: _text(part.versions[key]) for label, part in parts.items() if key in part.versions}
+        found = {label: text_of(part.versions[key]) for label, part in parts.items() if key in part.versions}
         same = len(set(found.values())) == 1
         versions[key] = found.popitem()[1] if same else ", ".join(f"{v} ({label})" for label, v in found.items())
     created = ", ".join(dict.fromkeys(part.created for part in parts.values() if part.created))
@@ -199,15 +229,15 @@ def _generation(row: Mapping[str, object]) -> Generation:
     success = row.get("success")
     return Generation(
         success=float(success) if isinstance(success, (bool, int, float)) else None,
-        status=_text(row.get("status")) or "scored",
-        **{key: _text(row.get(key)) for key in ("model", "attack", "id", "prompt", "response", "reason")},
+        status=text_of(row.get("status")) or "scored",
+        **{key: text_of(row.get(key)) for key in ("model", "attack", "id", "prompt", "response", "reason")},
     )
 
 
 def _model(content: object, where: str) -> ModelResult:
-    if not isinstance(content, Mapping) or not _text(content.get("name")):
+    if not isinstance(content, Mapping) or not text_of(content.get("name")):
         raise ValueError(f"{where} must be an object with a `name`.")
-    where = f"{where} ({_text(content['name'])})"
+    where = f"{where} ({text_of(content['name'])})"
     attacks = [_attack(attack, where) for attack in content.get("attacks") or []]
     names = [attack.name for attack in attacks]
     labelled: dict[str, AttackResult] = {}
@@ -219,36 +249,49 @@ def _model(content: object, where: str) -> ModelResult:
         labelled[label] = attack
     safety = content.get("factor_of_safety")
     return ModelResult(
-        name=_text(content["name"]),
-        description=_text(content.get("description")),
+        name=text_of(content["name"]),
+        description=text_of(content.get("description")),
         attacks=labelled,
         utility=_measure(content.get("utility"), f"{where}, utility", "utility"),
         over_refusal=_measure(content.get("over_refusal"), f"{where}, over_refusal", "over-refusal"),
-        coherence=_mapping(content.get("coherence")),
+        coherence=mapping_of(content.get("coherence")),
         factor_of_safety=[row for row in safety if isinstance(row, Mapping)] if isinstance(safety, list) else [],
-        cost=_mapping(content.get("cost")),
+        cost=mapping_of(content.get("cost")),
+        site_map=site_map_of(content.get("map"), where),
+        loads=_mappings(content.get("loads")),
+        benchmarks=_mappings(content.get("benchmarks")),
+        perplexity=mapping_of(content.get("perplexity")),
+        unlearning=mapping_of(content.get("unlearning")),
     )
 
 
+def _mappings(content: object) -> dict[str, Mapping[str, object]]:
+    return {text_of(key): value for key, value in mapping_of(content).items() if isinstance(value, Mapping)}
+
+
 def _attack(content: object, where: str) -> AttackResult:
-    if not isinstance(content, Mapping) or not _text(content.get("name")):
+    if not isinstance(content, Mapping) or not text_of(content.get("name")):
         raise ValueError(f"{where}: every attack must be an object with a `name`.")
-    where = f"{where}, attack {_text(content['name'])}"
-    success = _number(content.get("success"), f"{where}: success")
+    where = f"{where}, attack {text_of(content['name'])}"
+    success = number_of(content.get("success"), f"{where}: success")
     if success is not None and not 0 <= success <= 1:
         raise ValueError(f"{where}: success is {success}; it must lie in [0, 1], or be null where nothing was scored.")
-    judge_version = _text(content.get("judge_version"))
+    judge_version = text_of(content.get("judge_version"))
     return AttackResult(
-        name=_text(content["name"]),
-        kind=_text(content.get("class")),
-        budget=_mapping(content.get("budget")),
-        version=_text(content.get("version")),
-        judge=_text(content.get("judge")) + (f" v{judge_version}" if judge_version else ""),
+        name=text_of(content["name"]),
+        kind=text_of(content.get("class")),
+        budget=mapping_of(content.get("budget")),
+        version=text_of(content.get("version")),
+        judge=text_of(content.get("judge")) + (f" v{judge_version}" if judge_version else ""),
         success=success,
-        interval=_interval(content.get("interval"), where),
-        n_scored=_count(content.get("n_scored"), f"{where}: n_scored"),
-        n_errored=_count(content.get("n_errored"), f"{where}: n_errored"),
-        n_skipped=_count(content.get("n_skipped"), f"{where}: n_skipped"),
+        interval=interval_of(content.get("interval"), where),
+        n_scored=count_of(content.get("n_scored"), f"{where}: n_scored"),
+        n_errored=count_of(content.get("n_errored"), f"{where}: n_errored"),
+        n_skipped=count_of(content.get("n_skipped"), f"{where}: n_skipped"),
+        control_of=text_of(content.get("control_of")),
+        axis=text_of(content.get("axis")),
+        curve=curve_of(content.get("curve"), where),
+        second_judges=second_judges_of(content.get("second_judges"), where),
     )
 
 
@@ -256,53 +299,9 @@ def _measure(content: object, where: str, name: str) -> Measure | None:
     if not isinstance(content, Mapping) or not content:
         return None
     return Measure(
-        name=_text(content.get("name")) or name,
-        value=_number(content.get("value"), f"{where}: value"),
-        interval=_interval(content.get("interval"), where),
-        n=None if content.get("n") is None else _count(content["n"], f"{where}: n"),
-        n_errored=_count(content.get("n_errored"), f"{where}: n_errored"),
+        name=text_of(content.get("name")) or name,
+        value=number_of(content.get("value"), f"{where}: value"),
+        interval=interval_of(content.get("interval"), where),
+        n=None if content.get("n") is None else count_of(content["n"], f"{where}: n"),
+        n_errored=count_of(content.get("n_errored"), f"{where}: n_errored"),
     )
-
-
-def _interval(value: object, where: str) -> Interval | None:
-    if value is None:
-        return None
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError(f"{where}: interval is {value!r}; it must be [low, high] or null.")
-    low, high = (_number(bound, f"{where}: interval") for bound in value)
-    return None if low is None or high is None else (low, high)
-
-
-def _number(value: object, where: str) -> float | None:
-    if value is None:
-        return None
-    if not isinstance(value, int | float):
-        raise ValueError(f"{where} is {value!r}; it must be a number or null.")
-    return float(value) if math.isfinite(value) else None
-
-
-def _count(value: object, where: str) -> int:
-    if value is None:
-        return 0
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{where} is {value!r}; it must be a whole number from 0 up.")
-    return value
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
-
-
-def describe(value: object) -> str:
-    """Any JSON value in a line of text: `steps=16, radius=1.5`."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}={describe(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(describe(item) for item in value) + "]"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "-" if value is None else str(value)

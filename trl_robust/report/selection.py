@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 
 from .examples import redact, shorten
 from .figures import THEMES, Theme, encode
-from .page import _image, _pairs, _section, _table
-from .reading import describe
+from .markup import image, pairs, section, table
 from .selection_figures import draw_scores, draw_sources, draw_visits
 from .tables import markdown_rows, markdown_text
+from .values import describe
 
 RESULTS = "selection.json"
 SCHEMA = 1
@@ -273,20 +273,20 @@ def _page(summary: Mapping[str, Any], images: Mapping[str, Mapping[str, bytes]],
         f'<p class="note marked">{escape(str(warning))}</p>\n' for warning in summary.get("warnings") or []
     )
     alt = " ".join([_headline(summary), *(f"{key}: {value}." for key, value in _facts(summary).items())])
-    figures = "".join(_image(images[name], alt, caption) for name, (_, caption) in FIGURES.items() if name in images)
+    figures = "".join(image(images[name], alt, caption) for name, (_, caption) in FIGURES.items() if name in images)
     body = [
         f"<header><h1>Selection of rows</h1><p>{escape(_headline(summary))}</p></header>",
         "<main>",
-        _section("Results", warnings, f'<p class="note">{escape(HOW_TO_READ)}</p>', _pairs(_facts(summary))),
-        _section("Figures", f'<div class="figures">{figures}</div>' if figures else ""),
+        section("Results", warnings, f'<p class="note">{escape(HOW_TO_READ)}</p>', pairs(_facts(summary))),
+        section("Figures", f'<div class="figures">{figures}</div>' if figures else ""),
     ]
     for heading, caption, tell in TABLES:
         head, rows = tell(summary)
         cells = [("", [escape(cell) for cell in row]) for row in rows]
-        body.append(_section(heading, _table(caption, head, cells) if cells else ""))
+        body.append(section(heading, table(caption, head, cells) if cells else ""))
     examples = [_details(title, head, rows, show) for title, head, rows in _examples(summary, show)]
     note = f"<p>{escape(REDACTED)}</p>" if examples and not show else ""
-    body += [_section("Rows", note, *examples), _section("Settings", _pairs(_settings(summary))), "</main>"]
+    body += [section("Rows", note, *examples), section("Settings", pairs(_settings(summary))), "</main>"]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -303,7 +303,7 @@ def _details(title: str, head: Sequence[str], rows: Sequence[tuple[bool, Sequenc
         said = escape(text) if show else f'<span class="none">{escape(text)}</span>'
         said = f'<div class="text">{said}</div>'
         cells.append(("marked" if marked else "", [*(escape(cell) for cell in first), said]))
-    return f"<details><summary>{escape(title)} ({len(rows)})</summary>{_table(title, head, cells)}</details>"
+    return f"<details><summary>{escape(title)} ({len(rows)})</summary>{table(title, head, cells)}</details>"
 
 
 def _settings(summary: Mapping[str, Any]) -> dict[str, object]:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .reading import AttackResult, Interval, Measure, ModelResult, Results, parse_results
+from .reading import AttackResult, Measure, ModelResult, Results, parse_results
+from .values import Interval
 
 # A rule under the head and nothing else: six attacks leave no room for lines between columns; logs are often ASCII.
 _HEAD_RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
@@ -105,6 +106,8 @@ def attack_cell(attack: AttackResult | None) -> Cell:
     """Lines of a cell: success, interval, and how many rows errored."""
     if attack is None:
         return ["not run"]
+    if attack.success is None and attack.destroyed:
+        return ["destroyed"]
     return _value_lines(attack.success, attack.interval, attack.n_errored, "no score")
 
 
