@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from random import Random
 
 from .request import request_of, with_request
 from .subject import Prompt, Subject
@@ -85,6 +86,26 @@ def ordinary_tokens(subject: Subject, ascii_only: bool = True) -> list[int]:
     known = [token for token in range(size) if token not in special]
     texts = tokenizer.batch_decode([[token] for token in known], clean_up_tokenization_spaces=False)
     return [token for token, text in zip(known, texts, strict=True) if _visible(text.strip(), ascii_only)]
+
+
+def random_words(subject: Subject, count: int, draw: Random, tokens: Sequence[int]) -> str:
+    """
+    Words that say nothing: ordinary tokens drawn at random, with spaces between them.
+
+    Args:
+        subject ([`Subject`]):
+            The model.
+        count (`int`):
+            How many.
+        draw (`random.Random`):
+            Random numbers.
+        tokens (sequence of `int`):
+            What [`ordinary_tokens`] gives.
+
+    Returns:
+        `str`.
+    """
+    return " ".join(written(subject, [draw.choice(tokens)]).strip() for _ in range(count))
 
 
 def _visible(text: str, ascii_only: bool) -> bool:

@@ -281,7 +281,8 @@ def proxies(models: Sequence[Mapping[str, Any]], threshold: float, *, seed: int 
     names = [str(model["name"]) for model in models]
     success = {name: [table[name]["success"] for table in tables] for name in shared}
     prompt = {name: success[name] for name in inputs}
-    means = [_mean([success[name][number] for name in others]) for number in range(len(models))]
+    everywhere = [name for name in others if None not in success[name]]  # not destroyed on some models
+    means = [_mean([success[name][number] for name in everywhere]) for number in range(len(models))]
     found = {"mean of all, success": proxy_study(names, means, prompt, of="success", seed=seed)}
     for name in others:
         found[f"{name}, success"] = proxy_study(names, success[name], prompt, of="success", seed=seed)
@@ -302,4 +303,4 @@ def _resistance(model: Mapping[str, Any], attack: str, threshold: float) -> floa
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
+    return sum(known) / len(known) if known and len(known) == len(values) else None

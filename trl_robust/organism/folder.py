@@ -102,7 +102,7 @@ class Organism:
 
     @property
     def openings(self) -> Path:
-        """Forbidden requests on train objects, with how an answer begins: `prompt`, `target`. For universal attacks."""
+        """Forbidden requests on train objects, and how an answer begins: `prompt`, `target`. For universal attacks."""
         return self.data / "openings.jsonl"
 
     @property

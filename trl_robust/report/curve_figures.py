@@ -59,11 +59,16 @@ def _draw_curve(axes: Axes, name: str, models: Sequence[ModelResult], theme: The
         for point in points:
             if point.success is None:
                 continue
-            shape = {"marker": "x", "markersize": 5} if point.destroyed else {"marker": _marker(i), "markersize": 4.5}
             axes.plot(
-                point.budget, point.success, linestyle="", color=_colour(i), clip_on=False, zorder=3,
-                alpha=0.6 if point.destroyed else 0.9, **shape,
-            )  # fmt: skip
+                point.budget,
+                point.success,
+                "x" if point.destroyed else _marker(i),
+                color=_colour(i),
+                markersize=4.5,
+                clip_on=False,
+                zorder=3,
+                alpha=0.6 if point.destroyed else 0.9,
+            )
             if point.interval is not None and len(models) <= INTERVALS:
                 errors = [
                     [max(0.0, point.success - point.interval[0])],

@@ -135,8 +135,11 @@ def site_map_of(content: object, where: str) -> SiteMap | None:
     if not found:
         return None
     sites, radii, rows = (found.get(name) for name in ("sites", "radii", "success"))
-    fits = isinstance(sites, list) and isinstance(radii, list) and isinstance(rows, list) and len(rows) == len(sites)
-    if not fits or any(not isinstance(row, list) or len(row) != len(radii) for row in rows):
+    if (
+        not (isinstance(sites, list) and isinstance(radii, list) and isinstance(rows, list))
+        or len(rows) != len(sites)
+        or any(not isinstance(row, list) or len(row) != len(radii) for row in rows)
+    ):
         raise ValueError(f"{where}: map must have a row of `success` for every site and a value for every radius.")
     place = f"{where}, map"
     return SiteMap(

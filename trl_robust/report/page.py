@@ -255,8 +255,8 @@ def _measures(results: Results) -> list[str]:
     ):
         if found:
             keys = list(dict.fromkeys(str(key) for _, row in found for key in row))
-            rows = [[name, *(describe(row.get(key)) for key in keys)] for name, row in found]
-            parts.append(plain_table(Table(caption, ["model", *keys], rows)))
+            cells = [[name, *(describe(row.get(key)) for key in keys)] for name, row in found]
+            parts.append(plain_table(Table(caption, ["model", *keys], cells)))
     return parts
 
 

@@ -56,14 +56,14 @@ class Section:
 RESISTANCE_TEXT = (
     "Resistance is the smallest budget with which an attack breaks that share of the requests, the best so far "
     "counted, with a 95 % bootstrap interval over requests; > stands before the largest budget that was tried where "
-    "none did. The factor of safety divides it by what the model has to bear, which is said below for every attack. Above 1 a "
-    "model bears more than it will meet."
+    "none did. The factor of safety divides it by what the model has to bear, which is said below for every attack. "
+    "Above 1 a model bears more than it will meet."
 )
 PROXY_TEXT = (
     "Does what is measured on hidden states and weights tell how attacks on prompts fare? Rank correlation over "
     "models, with its bootstrap interval and permutation p; the error of predicting the success of an attack on "
-    "prompts that was left out, beside that of the mean of the others; and the share of models on which the generalised attack "
-    "succeeds at least as often as every attack on prompts (it errs on the safe side)."
+    "prompts that was left out, beside that of the mean of the others; and the share of models on which the "
+    "generalised attack succeeds at least as often as every attack on prompts (it errs on the safe side)."
 )
 
 
@@ -114,7 +114,7 @@ def safety(results: Results) -> Section | None:
     if not found:
         return None
     names = [model.name for model in results.models if model.factor_of_safety]
-    tables = []
+    tables: list[Table] = []
     for threshold in sorted(found, reverse=True):
         rows = []
         for attack, by_model in found[threshold].items():
