@@ -11,6 +11,7 @@ from .many_shot import ManyShot
 from .pair import PAIR, EndpointAttacker, LocalAttacker
 from .prefill import Prefill
 from .pruning import Pruning
+from .served import Served
 from .soft_suffix import SoftSuffix
 from .subject import AttackRow, Generation, Subject
 from .template import Template
@@ -50,6 +51,7 @@ __all__ = [
     "Prefill",
     "Pruning",
     "RefusalDirection",
+    "Served",
     "SoftSuffix",
     "Subject",
     "Template",

@@ -90,7 +90,7 @@ class ManyShot:
 
     @staticmethod
     def _prompt(subject: Subject, prompt: Prompt, shown: Sequence[tuple[str, str]]) -> Prompt:
-        if isinstance(prompt, str) and not subject.tokenizer.chat_template:
+        if isinstance(prompt, str) and not subject.chat:
             told = "".join(f"{USER}: {question}\n{ASSISTANT}: {reply}\n\n" for question, reply in shown)
             return f"{told}{USER}: {prompt}\n{ASSISTANT}:" if shown else prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

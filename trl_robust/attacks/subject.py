@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
-from rich.console import Console
-from rich.progress import track
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..inner.injection import Change
+from .journal import Journaled
 from .loading import Adapter, load_model
 from .sampling import Sampling
 
 Prompt = str | list[dict[str, str]]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class Generation:
 
 
 @dataclass
-class Subject:
+class Subject(Journaled):
     """
     A model under attack.
 
@@ -158,11 +154,10 @@ class Subject:
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(int(token) for token in known if token is not None)
 
-    def track(self, steps: Sequence[int], description: str) -> Iterable[int]:
-        """`steps` with a progress bar on the terminal; without one when the output goes into a file."""
-        console = Console(stderr=True)
-        hidden = not (self.progress and console.is_terminal)
-        return track(steps, description, console=console, disable=hidden, transient=True)
+    @property
+    def chat(self) -> bool:
+        """Whether prompts are conversations, through a chat template."""
+        return bool(self.tokenizer.chat_template)
 
     def encode(self, prompt: Prompt, opening: str = "") -> list[int]:
         """
@@ -179,7 +174,7 @@ class Subject:
         Returns:
             `list[int]`.
         """
-        if isinstance(prompt, str) and self.tokenizer.chat_template:
+        if isinstance(prompt, str) and self.chat:
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, str):
             tokens = list(self.tokenizer(prompt)["input_ids"])
@@ -274,26 +269,6 @@ class Subject:
                 generation.continuation = self.tokenizer.decode(answer, skip_special_tokens=True)
                 generation.response = self.tokenizer.decode(prefill + answer, skip_special_tokens=True)
         return found
-
-    def remembered(self, what: Any, do: Callable[[], T]) -> T:
-        """
-        What stands in the journal, or else what is done now, and then stands there.
-
-        Args:
-            what (`Any`):
-                What tells it from everything else under this journal; can be written as JSON.
-            do (`Callable`):
-                Does it; what it gives can be written as JSON.
-
-        Returns:
-            What `do` gives, now or then.
-        """
-        if self.journal is None:
-            return do()
-        key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-        if key not in self.journal:
-            self.journal[key] = do()
-        return self.journal[key]
 
     def _answered(
         self,

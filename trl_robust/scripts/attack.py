@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-from ..inner.pgd import Optimizer
-from ..threat.balls import Ball, Norm
-from ..threat.model import RadiusUnit
-from ..threat.sites import Stream
+from .attack_settings import ATTACKS, AttackSettings
 from .inputs import folder_fault
+from .judging import JudgeArguments, loaded
 
 if TYPE_CHECKING:
-    from ..attacks import Attack, AttackRow, Subject
-
-ATTACKS = ("direct", "template", "prefill", "latent", "embedding", "finetune")
+    from ..attacks import Attack, AttackRow, Generation, Subject
+    from ..attacks.loading import Adapter
 
 
 @dataclass
-class AttackArguments:
+class AttackArguments(AttackSettings, JudgeArguments):
     """
-    Arguments of `trl-robust attack`. A key that an attack does not have is refused, not ignored.
+    Arguments of `trl-robust attack`.
 
     Args:
         model (`str`):
-            Model or adapter to attack: a folder or a hub id.
+            Model or adapter to attack: a folder or a hub id; with `model_url` its name there.
         attack (`str`):
-            `direct` (none), `template`, `prefill`, `latent`, `embedding` or `finetune`.
+            On prompts: `direct` (none), `template`, `prefill`, `many_shot`, `best_of_n`, `gcg`, `pair`; on embeddings
+            `soft_suffix`, `embedding`; on hidden states `latent`, `universal`, `refusal_direction`; on weights
+            `pruning`, `finetune`.
         data (`str`):
-            Requests: a dataset with a `prompt` column, and with `target` (the opening that prefill, latent and
-            embedding attacks bring out) and `answer` (what a successful response states) where there are such.
+            Requests: a dataset with a `prompt` column, and with `target` (the opening that attacks bring out) and
+            `answer` (what a successful response states) where there are such.
         data_split (`str`, *optional*, defaults to `"train"`):
             Its split.
         prompt_column, target_column, answer_column (`str`, *optional*):
@@ -41,19 +41,16 @@ class AttackArguments:
             Attack only the first rows.
         output_dir (`str`, *optional*):
             Where results and report go: a folder without results. By default `attack-results/ATTACK`, with a number
-            behind it where that holds results already.
-        judge (`str`, *optional*, defaults to `"auto"`):
-            `exact` (the response states the answer), `refusal_prefix` (the response does not begin as refusals do; a
-            weak judge), or `auto`: exact where every row has an answer.
-        templates (`str`, *optional*):
-            For `template`: a text file, one wrapper a line, with the mark `{prompt}`.
-        attack_* (*optional*):
-            For `latent` and `embedding`: sites, stream, positions, norm, radius, radius_unit, ball, steps,
-            learning_rate, optimizer, objective (`targeted` or `random`), as in a training recipe.
-        finetune_data (`str`, *optional*):
-            For `finetune`: a dataset of `prompt` and `completion`, about other requests than `data`.
-        finetune_steps, finetune_learning_rate, finetune_batch_size (*optional*):
-            For `finetune`.
+            behind it where that holds results already. A run that was stopped goes on in its folder.
+        judge (`str`, *optional*):
+            One of `judges`, where one is enough; `auto` is the default of these.
+        model_url, model_key_env (`str`, *optional*):
+            Base URL of an OpenAI-compatible server, and the environment variable that holds its key. Only attacks on
+            prompts that need no weights run there.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether the weights are brought into NF4.
+        adapter (`str`, *optional*, defaults to `"on"`):
+            What becomes of an adapter: `on`, `off` or `merged`.
         max_new_tokens, batch_size, max_prompt_tokens (`int`, *optional*):
             Of the generation.
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -75,43 +72,13 @@ class AttackArguments:
     answer_column: str = field(default="answer", metadata={"help": "Column with the answers to look for."})
     max_rows: int | None = field(default=None, metadata={"help": "Attack only the first rows."})
     output_dir: str | None = field(default=None, metadata={"help": "Where results and report go: a new folder."})
-    judge: Literal["auto", "exact", "refusal_prefix"] = field(default="auto", metadata={"help": "Who judges."})
-    templates: str | None = field(default=None, metadata={"help": "template: file with one wrapper a line."})
-    attack_sites: list[str] | None = field(default=None, metadata={"help": "latent, embedding: where."})
-    attack_stream: str | None = field(
-        default=None, metadata={"help": "latent, embedding: what is perturbed.", "choices": list(get_args(Stream))}
+    judge: str | None = field(default=None, metadata={"help": "Who judges, where one is enough."})
+    model_url: str | None = field(default=None, metadata={"help": "A served model: base URL of the server."})
+    model_key_env: str | None = field(default=None, metadata={"help": "A served model: variable with the key."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Whether the weights are brought into NF4."})
+    adapter: str = field(
+        default="on", metadata={"help": "What becomes of an adapter.", "choices": ["on", "off", "merged"]}
     )
-    attack_positions: str | None = field(
-        default=None, metadata={"help": "latent, embedding: which tokens.", "choices": ["prompt", "completion", "all"]}
-    )
-    attack_norm: str | None = field(
-        default=None, metadata={"help": "latent, embedding: norm of the ball.", "choices": list(get_args(Norm))}
-    )
-    attack_radius: float | None = field(default=None, metadata={"help": "latent, embedding: radius."})
-    attack_radius_unit: str | None = field(
-        default=None,
-        metadata={"help": "latent, embedding: unit of the radius.", "choices": list(get_args(RadiusUnit))},
-    )
-    attack_ball: str | None = field(
-        default=None,
-        metadata={"help": "latent, embedding: one ball a token, or one a row.", "choices": list(get_args(Ball))},
-    )
-    attack_steps: int | None = field(default=None, metadata={"help": "latent, embedding: steps of the search."})
-    attack_learning_rate: float | None = field(default=None, metadata={"help": "latent, embedding: of adamw."})
-    attack_optimizer: str | None = field(
-        default=None, metadata={"help": "latent, embedding: of the search.", "choices": list(get_args(Optimizer))}
-    )
-    attack_objective: str | None = field(
-        default=None,
-        metadata={
-            "help": "latent, embedding: the worst perturbation, or a random one.",
-            "choices": ["targeted", "random"],
-        },
-    )
-    finetune_data: str | None = field(default=None, metadata={"help": "finetune: prompt-completion rows."})
-    finetune_steps: int | None = field(default=None, metadata={"help": "finetune: optimiser steps."})
-    finetune_learning_rate: float | None = field(default=None, metadata={"help": "finetune: learning rate."})
-    finetune_batch_size: int | None = field(default=None, metadata={"help": "finetune: examples in a step."})
     max_new_tokens: int = field(default=64, metadata={"help": "Length of an answer in tokens."})
     batch_size: int = field(default=16, metadata={"help": "Requests at a time."})
     max_prompt_tokens: int = field(default=1024, metadata={"help": "Longer requests are skipped."})
@@ -124,6 +91,8 @@ class AttackArguments:
     seed: int = field(default=0, metadata={"help": "Seed of what is random in an attack."})
 
     def __post_init__(self) -> None:
+        if self.judge not in (None, "auto"):
+            self.judges = [str(self.judge), *(self.judges or [])]
         if problems := self.faults():
             raise ValueError("\n".join(problems))
 
@@ -138,21 +107,15 @@ class AttackArguments:
             )
             if getattr(self, name) is None
         ]
-        owners = {"attack_": ("latent", "embedding"), "finetune_": ("finetune",), "templates": ("template",)}
-        for prefix, attacks in owners.items():
-            given = [name for name in self._given() if name.startswith(prefix)]
-            if given and self.attack is not None and self.attack not in attacks:
-                problems.append(f"{given} belong to the attacks {list(attacks)}, not to {self.attack!r}; remove them.")
-        if self.attack == "finetune" and self.finetune_data is None:
-            problems.append("`finetune_data` is missing; name a dataset of `prompt` and `completion` to fine-tune on.")
-        at_least = dict.fromkeys(("max_rows", "max_new_tokens", "batch_size", "max_prompt_tokens"), 1)
-        at_least |= {"finetune_batch_size": 1, "finetune_steps": 0, "attack_steps": 0, "attack_radius": 0, "seed": 0}
+        problems += self.settings_faults(self.attack) + self.judge_faults()
+        at_least = dict.fromkeys(("max_rows", "max_new_tokens", "batch_size", "max_prompt_tokens"), 1) | {"seed": 0}
         for name, least in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 problems.append(f"`{name}` is {getattr(self, name)}; it must be at least {least}.")
-        for name in ("attack_learning_rate", "finetune_learning_rate"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                problems.append(f"`{name}` is {getattr(self, name)}; it must be above 0.")
+        if self.model_url is not None and (self.load_in_4bit or self.adapter != "on"):
+            problems.append("`load_in_4bit` and `adapter` are for models on this machine; remove them or `model_url`.")
+        if self.model_key_env is not None and self.model_url is None:
+            problems.append("`model_key_env` belongs to `model_url`, which is not given; remove it.")
         folder = self.folder
         if (fault := folder_fault(folder)) is not None:
             problems.append(fault)
@@ -171,20 +134,9 @@ class AttackArguments:
             folder = folder.with_name(f"{self.attack}-{number}")
         return folder
 
-    def _given(self) -> dict[str, Any]:
-        """Settings of an attack that were given, by the name of the argument."""
-        return {
-            name: getattr(self, name)
-            for name in self.__dataclass_fields__
-            if name.startswith(("attack_", "finetune_", "templates")) and getattr(self, name) is not None
-        }
-
 
 def main(argv: list[str]) -> int:
-    from ..attacks import Finetune, Latent
-    from ..cli import fault_of
     from ..data.loading import load_rows
-    from ..recipes import RecipeError
     from ..recipes.flat import load_arguments
     from .quiet import quiet
 
@@ -192,20 +144,8 @@ def main(argv: list[str]) -> int:
     with quiet():
         columns = {"prompt": args.prompt_column, "target": args.target_column, "answer": args.answer_column}
         rows = attack_rows(load_rows(str(args.data), split=args.data_split), str(args.data), columns, args.max_rows)
-        try:
-            attack = build_attack(args)
-            subject = load_subject(args)
-            if isinstance(attack, Latent):
-                attack.threat.resolve_sites(subject.model)  # an unknown layer stops here
-            if isinstance(attack, Finetune):
-                attack.check(subject)
-        except OSError as error:
-            reason = " ".join(str(error).split())
-            raise RecipeError(
-                [f"`model` {args.model} could not be loaded with its tokenizer, from here or from the hub: {reason}"]
-            ) from error
-        except ValueError as error:
-            raise fault_of(error, "The command line") from error
+        attack = loaded("attack", str(args.attack), lambda: build_attack(args))
+        subject = load_subject(args, attack)
         run(args, subject, attack, rows)
     return 0
 
@@ -308,49 +248,78 @@ def build_attack(args: AttackArguments) -> Attack:
         `ValueError`: settings that the attack refuses.
         [`~trl_robust.data.DataError`]: files that are not there.
     """
-    from ..attacks import Direct, Embedding, Finetune, Latent, Prefill, Template
-    from ..data import DataError, as_prompt_completion
-    from ..data.loading import load_rows
+    from ..evaluation.named import data_fields_of, named_attack, settings_of
+    from .generalized_data import attacker_of, rows_for
 
-    given = {name.split("_", 1)[-1]: value for name, value in args._given().items()}
-    if args.attack == "template":
-        return Template() if args.templates is None else Template(read_templates(args.templates))
-    if args.attack in ("latent", "embedding"):
-        if "sites" in given:
-            given["sites"] = tuple(given["sites"])
-        return {"latent": Latent, "embedding": Embedding}[args.attack](**given, seed=args.seed)
-    if args.attack == "finetune":
-        dataset = as_prompt_completion(load_rows(str(given.pop("data"))), "fine-tuning")
-        if not {"prompt", "completion"} <= set(dataset.column_names):
-            raise DataError(f"{args.finetune_data} has {dataset.column_names}; `prompt` and `completion` are needed.")
-        return Finetune(list(dataset), **given, seed=args.seed)
-    return Direct() if args.attack == "direct" else Prefill()
+    name = str(args.attack)
+    data: dict[str, Any] = {}
+    for field_name in data_fields_of(name):
+        if field_name == "templates":
+            data[field_name] = None if args.templates is None else read_templates(args.templates)
+        elif field_name == "attacker":
+            data[field_name] = attacker_of(args)
+        else:
+            path = args.finetune_data if name == "finetune" else getattr(args, f"attack_{field_name}")
+            data[field_name] = None if path is None else rows_for(name, path)
+    if name == "pruning" and data["examples"] is None:
+        data["examples"] = [{"prompt": ""}]  # the random control reads none
+    settings = args.settings()
+    if "seed" in settings_of(name):
+        settings["seed"] = args.seed
+    return named_attack(name, settings, **data)
 
 
-def load_subject(args: AttackArguments) -> Subject:
+def load_subject(args: AttackArguments, attack: Attack) -> Any:
     """
-    Loads the model.
+    Loads the model, or connects to it, and sees whether the attack can be run on it.
 
     Args:
         args ([`AttackArguments`]):
             Arguments.
+        attack ([`~trl_robust.attacks.Attack`]):
+            The attack.
 
     Returns:
-        [`~trl_robust.attacks.Subject`].
+        [`~trl_robust.attacks.Subject`], or [`~trl_robust.attacks.served.Served`].
 
     Raises:
-        `OSError`: there is no such model.
+        [`~trl_robust.recipes.RecipeError`]: there is no such model, or the attack cannot be run on it.
     """
     from ..attacks import Subject
+    from ..recipes import RecipeError
 
-    return Subject.load(
-        str(args.model),
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-        max_prompt_tokens=args.max_prompt_tokens,
-    )
+    if args.model_url is not None:
+        from ..attacks.served import Served, served_fault
+
+        if (fault := served_fault(attack)) is not None:
+            raise RecipeError([f"`attack` {attack.name}: {fault}"])
+        url, key = args.model_url, args.model_key_env
+        return loaded(
+            "model_url",
+            str(args.model),
+            lambda: Served(url, str(args.model), key_variable=key, max_new_tokens=args.max_new_tokens),
+        )
+    adapters: dict[str, Adapter] = {"on": "on", "off": "off", "merged": "merged"}
+
+    def load() -> Subject:
+        subject = Subject.load(
+            str(args.model),
+            dtype=args.dtype,
+            trust_remote_code=args.trust_remote_code,
+            load_in_4bit=args.load_in_4bit,
+            adapter=adapters[args.adapter],
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            max_prompt_tokens=args.max_prompt_tokens,
+        )
+        whole: Any = attack
+        if hasattr(whole, "threat"):
+            whole.threat.resolve_sites(subject.model)  # an unknown layer stops here
+        if hasattr(whole, "check"):
+            whole.check(subject)
+        return subject
+
+    return loaded("model", str(args.model), load)
 
 
 def run(args: AttackArguments, subject: Subject, attack: Attack, rows: list[AttackRow]) -> dict[str, Any]:
@@ -372,33 +341,96 @@ def run(args: AttackArguments, subject: Subject, attack: Attack, rows: list[Atta
     """
     from rich.console import Console
 
-    from ..evaluation import run_attack, write_results
+    from ..evaluation import write_results
+    from ..evaluation.generalized_results import line_entry
+    from ..evaluation.judged_lines import JudgedLine
+    from ..evaluation.lines import Line, Point
+    from ..evaluation.suite import judged
     from ..report import results_table, write_report
+    from .judging import make_judges
 
-    judge = args.judge
-    if judge == "auto":
-        judge = "exact" if all(row.answer for row in rows) else "refusal_prefix"
-    entry, generations = run_attack(subject, attack, rows, judge)
+    judges = make_judges(args, rows)
+    start = time.perf_counter()
+    generations = kept_generations(args, subject, attack, rows)
+    verdicts = [[judged(generations, judge)] for judge in judges]
+    line = Line(attack.name, (Point(attack),))
+    found = JudgedLine(line, [generations], verdicts, [None], None, time.perf_counter() - start)
+    entry = line_entry(found, judges, args.seed)
     folder = args.folder
     results = write_results(
         folder,
         [{"name": str(args.model), "attacks": [entry]}],
-        [{"model": str(args.model), **row} for row in generations],
+        [{"model": str(args.model), "attack": attack.name, **row} for row in verdicts[0][0]],
         seed=args.seed,
     )
     page = write_report(folder, show_generations=args.show_generations)
     console = Console()
     console.print(results_table(results))
     console.print(
-        f"{entry['n_scored']} scored, {entry['n_errored']} errored, {entry['n_skipped']} skipped; judge: {judge}"
+        f"{entry['n_scored']} scored, {entry['n_errored']} errored, {entry['n_skipped']} skipped; "
+        f"judge: {entry['judge']}"
     )
-    reasons = {row["reason"] for row in generations if row["reason"]}
+    for other in entry.get("second_judges", []):
+        success = "no score" if other["success"] is None else f"{other['success']:.2f}"
+        agreement = other["agreement"]["agreement"]
+        agree = "no answer scored by both" if agreement is None else f"agrees on {agreement:.2f} of the answers"
+        console.print(f"judge {other['judge']}: {success}, {agree}, {other['n_errored']} errored")
+    reasons = {row["reason"] for part in verdicts for row in part[0] if row["reason"]}
     for reason in sorted(reasons)[:5]:
         console.print(f"  {reason}", markup=False)
-    if judge == "refusal_prefix":
+    if entry["judge"] == "refusal_prefix":
         console.print("This judge only looks at the first words: gibberish counts as success, a late refusal as well.")
     console.print(f"Report: {page}")
     return results
+
+
+def kept_generations(
+    args: AttackArguments, subject: Subject, attack: Attack, rows: list[AttackRow]
+) -> list[Generation]:
+    """
+    What the model answers, kept batch by batch, so that a run that was stopped goes on.
+
+    Args:
+        args ([`AttackArguments`]):
+            Arguments.
+        subject ([`~trl_robust.attacks.Subject`]):
+            The model.
+        attack ([`~trl_robust.attacks.Attack`]):
+            The attack.
+        rows (`list` of [`~trl_robust.attacks.AttackRow`]):
+            Requests.
+
+    Returns:
+        `list` of [`~trl_robust.attacks.Generation`].
+
+    Raises:
+        [`~trl_robust.recipes.RecipeError`]: the folder holds part of another attack.
+    """
+    from ..evaluation.generalized import Journal
+    from ..evaluation.keeping import fingerprint, settings_fault
+    from ..recipes import RecipeError
+    from .evaluate_generalized import settings_of_attack
+    from .evaluate_prompts import weights_of
+
+    place = args.folder / "progress"
+    settings = {
+        "model": [str(args.model), weights_of(Path(str(args.model)).expanduser()), args.adapter, args.load_in_4bit],
+        "attack": settings_of_attack(attack),
+        "data": fingerprint([asdict(row) for row in rows]),
+        "max_new_tokens": args.max_new_tokens,
+        "max_prompt_tokens": args.max_prompt_tokens,
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+    }
+    if fault := settings_fault(place, settings):
+        raise RecipeError([fault])
+    subject.journal = Journal(place / "begun.jsonl")
+    try:
+        return attack.run(subject, rows)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(
+            f"Interrupted. What is done stands in {args.folder}; the same command goes on from there."
+        ) from stop
 
 
 if __name__ == "__main__":

@@ -158,7 +158,15 @@ def suite_of(args: GeneralizedArguments) -> tuple[GeneralizedSuite, dict[str, st
     if args.model_url is not None:
         from ..attacks.served import served_fault
 
-        faults += [f"`{line.name}`: {fault}" for line in lines if (fault := served_fault(line.attack)) is not None]
+        kept = []
+        for line in lines:
+            if (fault := served_fault(line.attack)) is None:
+                kept.append(line)
+            elif line.control_of is not None:
+                left_out[line.name] = fault
+            else:
+                faults.append(f"`{line.name}`: {fault}")
+        lines = kept
     maps = []
     try:
         maps = map_lines(args.map_sites or [], args.map_radii or [], args.map_steps, args.seed)
@@ -193,7 +201,7 @@ def settings_of(args: GeneralizedArguments, suite: GeneralizedSuite, targets: li
 
     attacks = {}
     for line in [*suite.lines, *suite.map_lines]:
-        attacks[line.name] = [_settings_of_attack(point.attack) for point in line.points]
+        attacks[line.name] = [settings_of_attack(point.attack) for point in line.points]
     return {
         "version": VERSION,
         "models": {target.name: [target.variant, weights_of(Path(target.path).expanduser())] for target in targets},
@@ -212,8 +220,17 @@ def settings_of(args: GeneralizedArguments, suite: GeneralizedSuite, targets: li
     }
 
 
-def _settings_of_attack(attack: Any) -> dict[str, Any]:
-    """Name, version and all fields of an attack; rows by what they say, another model by its name."""
+def settings_of_attack(attack: Any) -> dict[str, Any]:
+    """
+    Name, version and all fields of an attack; rows by what they say, another model by its name.
+
+    Args:
+        attack ([`~trl_robust.attacks.Attack`]):
+            The attack.
+
+    Returns:
+        `dict`.
+    """
     from ..evaluation.keeping import fingerprint
 
     values = {item.name: getattr(attack, item.name) for item in dataclasses.fields(attack)}
@@ -223,7 +240,7 @@ def _settings_of_attack(attack: Any) -> dict[str, Any]:
     return {"name": attack.name, "version": attack.version, **shown}
 
 
-def load(args: GeneralizedArguments, target: Target) -> Subject:
+def load(args: GeneralizedArguments, target: Target) -> Any:
     """
     Loads a model, or connects to it.
 

@@ -142,7 +142,6 @@ def lines_of(
 
 def _rows_of(args: GeneralizedArguments, kind: str, field: str, named: str | None, limit: int | None) -> Any:
     """Rows for a field of an attack; `None` where there is no dataset for it."""
-    from ..data import as_prompt_completion, load_rows
     from .attack import read_templates
 
     if field == "templates":
@@ -158,13 +157,35 @@ def _rows_of(args: GeneralizedArguments, kind: str, field: str, named: str | Non
         return None
     if field in ("harmful", "harmless") and limit is None:
         limit = DIRECTION_ROWS
+    return rows_for(kind, path, limit)
+
+
+def rows_for(kind: str, path: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """
+    Rows that an attack works with.
+
+    Args:
+        kind (`str`):
+            Name of the attack.
+        path (`str`):
+            The dataset.
+        limit (`int`, *optional*):
+            Only the first rows.
+
+    Returns:
+        `list[dict]`.
+
+    Raises:
+        [`~trl_robust.data.DataError`]: a dataset that is not there or lacks a column.
+    """
+    from ..data import DataError, as_prompt_completion, load_rows
+
     rows = load_rows(path)
     if kind in ("many_shot", "finetune"):
-        rows = as_prompt_completion(rows, kind)
-    needed = {"many_shot": "completion", "finetune": "completion", "universal": "target"}.get(kind)
-    for column in ("prompt", *([needed] if needed else [])):
-        if column not in rows.column_names:
-            raise ValueError(f"{path} has no column {column!r} but {rows.column_names}.")
+        rows = as_prompt_completion(rows, "fine-tuning" if kind == "finetune" else "many-shot")
+    needed = {"many_shot": ["completion"], "finetune": ["completion"], "universal": ["target"]}.get(kind, [])
+    if lacking := [column for column in ("prompt", *needed) if column not in rows.column_names]:
+        raise DataError(f"{path} has {rows.column_names}; {' and '.join(f'`{one}`' for one in lacking)} are needed.")
     return list(rows.select(range(min(limit or len(rows), len(rows)))))
 
 
@@ -208,7 +229,7 @@ def dataset_of(args: GeneralizedArguments, named: str) -> str | None:
     return str(inside) if inside is not None and inside.is_file() else named
 
 
-def attacker_of(args: GeneralizedArguments) -> Any:
+def attacker_of(args: Any) -> Any:
     """The attacker of `pair`, as the arguments have it; `None` without one."""
     from ..attacks import EndpointAttacker, LocalAttacker, Subject
 
