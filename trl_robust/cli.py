@@ -33,6 +33,7 @@ VERBS = {
     "select": ("select", "apply a saved selector to a dataset and write the rows it keeps"),
     "attack": ("attack", "one attack on one model"),
     "evaluate": ("evaluate", "a suite of measures on one or more models"),
+    "report": ("report", "make the report of finished runs or evaluations again, side by side"),
     "diagnose-distance": ("diagnose_distance", "how far apart wordings are inside a model, and what that costs"),
     "sweep": ("sweep", "a grid of runs, measured and compared"),
     "estimate": ("estimate", "memory and time of a recipe before anything is loaded"),

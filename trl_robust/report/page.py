@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -14,7 +13,7 @@ from .curve_figures import draw_curves, draw_maps, strongest
 from .examples import REDACTED, Examples, redact, shorten
 from .figures import THEMES, draw_success, draw_trade_off, encode
 from .markdown import card, markdown_page
-from .markup import image, lines_of, pairs, plain_table, section, table
+from .markup import document, image, lines_of, pairs, plain_table, section, table
 from .reading import AttackResult, ModelResult, Results, read_results, side_by_side
 from .sections import Section, Table, sections
 from .tables import NOTE, attack_cell, measure_cell
@@ -113,7 +112,6 @@ def _read(folders: Sequence[Path]) -> tuple[Results, Examples]:
 def _page(
     results: Results, images: Mapping[str, Mapping[str, bytes]], examples: Examples, show_generations: bool
 ) -> str:
-    style = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     title = "Attacks on " + ", ".join(model.name for model in results.models)
     body = [
         f"<header><h1>Attack report</h1><p>{escape(title)}."
@@ -130,15 +128,7 @@ def _page(
         section("Versions", pairs(_versions(results))),
         "</main>",
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n"
-        "</html>\n"
-    )
+    return document(title, body)
 
 
 def _section(found: Section) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from .examples import redact, shorten
 from .figures import THEMES, encode
-from .markup import image, pairs, section, table
+from .markup import document, image, pairs, section, table
 from .prompt_figures import draw_prompt_ranges
 from .reading import read_results
 from .tables import markdown_rows, markdown_text
@@ -234,7 +233,6 @@ def _page(
     questions: Mapping[str, str],
     show: bool,
 ) -> str:
-    style = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     names = [model["name"] for model in models]
     title = "Prompt robustness of " + ", ".join(names)
     differences = ""
@@ -273,14 +271,7 @@ def _page(
         section("Versions", pairs(results.get("versions") or {})),
         "</main>",
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</body>\n</html>\n"
-    )
+    return document(title, body)
 
 
 def _cells(rows: Sequence[tuple[str, Sequence[Value]]]) -> list[tuple[str, list[str]]]:

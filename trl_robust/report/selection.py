@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 
 from .examples import redact, shorten
 from .figures import THEMES, Theme, encode
-from .markup import image, pairs, section, table
+from .markup import document, image, pairs, section, table
 from .selection_figures import draw_scores, draw_sources, draw_visits
 from .tables import markdown_rows, markdown_text
 from .values import describe
@@ -268,7 +267,6 @@ def _examples(summary: Mapping[str, Any], show: bool) -> list[tuple[str, list[st
 
 
 def _page(summary: Mapping[str, Any], images: Mapping[str, Mapping[str, bytes]], show: bool) -> str:
-    style = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     warnings = "".join(
         f'<p class="note marked">{escape(str(warning))}</p>\n' for warning in summary.get("warnings") or []
     )
@@ -287,14 +285,7 @@ def _page(summary: Mapping[str, Any], images: Mapping[str, Mapping[str, bytes]],
     examples = [_details(title, head, rows, show) for title, head, rows in _examples(summary, show)]
     note = f"<p>{escape(REDACTED)}</p>" if examples and not show else ""
     body += [section("Rows", note, *examples), section("Settings", pairs(_settings(summary))), "</main>"]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>Selection of rows</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</body>\n</html>\n"
-    )
+    return document("Selection of rows", body)
 
 
 def _details(title: str, head: Sequence[str], rows: Sequence[tuple[bool, Sequence[str]]], show: bool) -> str:
