@@ -158,7 +158,7 @@ class GeneralizedArguments(JudgeArguments):
         if self.organism is not None:
             for name, file in ORGANISM_FILES.items():
                 if getattr(self, name) is None:
-                    setattr(self, name, str(Path(self.organism) / "data" / file))
+                    setattr(self, name, str(Path(self.organism).expanduser() / "data" / file))
         if problems := self.faults():
             raise ValueError("\n".join(problems))
 
@@ -178,7 +178,7 @@ class GeneralizedArguments(JudgeArguments):
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the arguments, one sentence each."""
-        problems = self._model_faults() + self.judge_faults()
+        problems = self._model_faults() + self._organism_faults() + self.judge_faults()
         if self.data is None:
             problems.append("`data` is missing; name a dataset of requests.")
         if not isinstance(self.attacks, dict) or not self.attacks:
@@ -218,6 +218,21 @@ class GeneralizedArguments(JudgeArguments):
                 "remove its results.json to judge the answers that it holds again."
             )
         return problems
+
+    def _organism_faults(self) -> list[str]:
+        if self.organism is None:
+            return []
+        data = Path(self.organism).expanduser() / "data"
+        if not data.is_dir():
+            return [f"`organism` {self.organism} holds no organism; `trl-robust organism --output_dir` builds one."]
+        used = {Path(str(getattr(self, name))) for name in ORGANISM_FILES}
+        missing = [file for file in ORGANISM_FILES.values() if data / file in used and not (data / file).is_file()]
+        if not missing:
+            return []
+        return [
+            f"`organism` {self.organism} lacks {', '.join(missing)}; `trl-robust organism --output_dir "
+            f"{self.organism}` completes it."
+        ]
 
     def _model_faults(self) -> list[str]:
         problems = []
