@@ -16,7 +16,6 @@ from trl_robust.attacks import Subject
 from trl_robust.attacks.finetune_grid import GRID
 from trl_robust.evaluation.generalized import Journal
 from trl_robust.recipes import recipes_folder
-from trl_robust.report import write_report
 
 ATTACKS = {
     "direct": {},
@@ -74,7 +73,7 @@ def data(tmp_path_factory):
     }
     config = folder / "suite.yaml"
     settings = {"verb": "evaluate", "suite": "generalized", "attacks": ATTACKS, "max_new_tokens": 3, "batch_size": 2}
-    config.write_text(yaml.safe_dump({**settings, **{key: str(path) for key, path in found.items()}}))
+    config.write_text(yaml.safe_dump({**settings, **{key: str(path) for key, path in found.items()}}, sort_keys=False))
     return config, found
 
 
@@ -435,9 +434,7 @@ def test_a_file_for_another_verb_is_refused(data, tmp_path, capsys):
 def test_several_evaluations_stand_side_by_side(done, tmp_path):
     out = tmp_path / "both"
     assert cli.main(["report", str(done), "--output_dir", str(out)]) == 0
-    assert (out / "report.html").is_file()
-    write_report(tmp_path / "again", sources=[done])
-    assert (tmp_path / "again" / "report.html").read_bytes() == (out / "report.html").read_bytes()
+    assert "Factor of safety" in (out / "report.html").read_text() and (out / "model_card.md").is_file()
 
 
 def test_a_journal_keeps_what_it_was_given_and_nothing_of_a_line_cut_short(tmp_path):

@@ -206,6 +206,7 @@ def settings_of(args: GeneralizedArguments, suite: GeneralizedSuite, targets: li
         "version": VERSION,
         "models": {target.name: [target.variant, weights_of(Path(target.path).expanduser())] for target in targets},
         "model_url": args.model_url is not None,
+        "attacker": [args.attacker_model, args.attacker_url is not None, args.seed],
         "attacks": attacks,
         "data": rows(suite.requests),
         "harmless_data": rows(suite.lookalikes),
