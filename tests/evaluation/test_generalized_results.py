@@ -53,6 +53,13 @@ def test_a_destroyed_model_is_marked_and_counts_nowhere():
     assert row["factor_above"] == 1.0 and row["load_is"] == "steps / steps"
 
 
+def test_where_every_budget_destroys_the_model_the_requests_are_skipped():
+    for told, capability in (([10], [0.1]), ([10, 10], [0.5, 0.1])):
+        entry = line_entry(finetuned(told, capability), ["exact"])
+        assert entry["success"] is None and (entry["n_scored"], entry["n_skipped"]) == (0, 10)
+        assert all(point["destroyed"] for point in entry["curve"])
+
+
 def test_with_a_perplexity_more_is_worse():
     found = finetuned([0, 2, 10], [10.0, 10.9, 12.0], untouched=10.0, higher=False)
     assert found.destroyed == {2} and found.intact == [0, 1]

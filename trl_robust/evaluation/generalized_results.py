@@ -102,10 +102,13 @@ def line_entry(found: JudgedLine, judges: Sequence[Judge], seed: int = 0) -> dic
         "axis": line.axis or None,
         "seconds": round(found.seconds, 2),
     }
+    if not found.intact:  # every request is accounted for: what a destroyed model says is not scored
+        requests = {row["id"] for part in found.verdicts[0] for row in part}
+        entry["n_skipped"] = len(requests) - entry["n_scored"] - entry["n_errored"]
     tries = found.verdicts[0][last]
     if len(tries) > len({row["id"] for row in tries}):
         entry["success_of_one_attempt"] = attack_success(tries, seed=seed)["success"]
-    if len(line.points) > 1:
+    if line.axis and (len(line.points) > 1 or found.destroyed):
         entry["curve"] = _curve(found, seed)
     second = []
     for number, judge in enumerate(judges[1:], 1):
