@@ -229,9 +229,8 @@ class ModelRun:
             Console(stderr=True).print(f"{self.name}: {line.name}{budgets}, {seconds:.1f} s", markup=False)
 
     def _timed(self, subject: Subject, what: str, ask: Any) -> tuple[Asked, float]:
-        path = self.folder / self.label / "begun" / f"{what.replace('/', '-').replace(' ', '-')}.jsonl"
         start = time.perf_counter()
-        subject.journal = Journal(path)
+        subject.journal = Journal(self._begun(what))
         try:
             asked = ask(subject)
         finally:
@@ -247,7 +246,10 @@ class ModelRun:
             if texts and isinstance(attack, Finetune | Pruning):
 
                 def answer() -> list[Generation]:
-                    read.append(perplexity(subject, texts)["perplexity"])
+                    try:
+                        read.append(perplexity(subject, texts)["perplexity"])
+                    except RuntimeError:  # out of memory: what the model can do is then not known, which is said
+                        read.append(None)
                     return subject.answer(requests, attack.name)
 
                 found = answered_under(attack.applied(subject), requests, answer)
@@ -283,6 +285,10 @@ class ModelRun:
                 "seconds": seconds,
             }
         )
+        self._begun(what).unlink(missing_ok=True)  # all of it stands in the other file now
+
+    def _begun(self, what: str) -> Path:
+        return self.folder / self.label / "begun" / f"{what.replace('/', '-').replace(' ', '-')}.jsonl"
 
     def _write(self, row: dict[str, Any]) -> None:
         self._log.append([row])

@@ -11,7 +11,7 @@ from .curves import intact
 from .generalized import ModelRun
 from .lines import Line
 from .load import LatentLoad, latent_load
-from .suite import Judge, best_attempts, judged
+from .suite import BROKEN, Judge, best_attempts, judged
 
 Rows = list[dict[str, Any]]
 
@@ -124,6 +124,17 @@ def needs_load(line: Line) -> bool:
     relative = getattr(line.attack, "radius_unit", None) == "relative"
     own = line.load is not None or line.control_of is not None
     return line.attack.attack_class in HIDDEN and line.axis == "radius" and relative and not own
+
+
+def broken_by_prompts(lines: Sequence[JudgedLine]) -> bool:
+    """Whether any attack on prompts succeeded, so that there is a load to measure."""
+    return any(
+        row["status"] == "scored" and float(row["success"]) >= BROKEN
+        for line in lines
+        if line.line.attack.attack_class == "input" and line.line.control_of is None
+        for part in line.verdicts[0]
+        for row in part
+    )
 
 
 def measure_loads(subject: Subject, lines: Sequence[JudgedLine], *, seed: int = 0) -> dict[str, LatentLoad]:

@@ -49,7 +49,7 @@ def generalized(args: GeneralizedArguments) -> None:
     from rich.console import Console
 
     from ..evaluation.generalized import ModelRun
-    from ..evaluation.judged_lines import judge_run, measure_loads, needs_load
+    from ..evaluation.judged_lines import broken_by_prompts, judge_run, measure_loads, needs_load
     from ..evaluation.keeping import settings_fault
     from ..evaluation.kept_judge import KeptJudge
     from ..recipes import RecipeError
@@ -80,6 +80,8 @@ def generalized(args: GeneralizedArguments) -> None:
         loads: list[dict[str, Any]] = [{} for _ in runs]
         if args.model_url is None and any(needs_load(line) for line in suite.lines):
             for number, target in enumerate(targets):
+                if not broken_by_prompts(lines[number]):
+                    continue
                 loads[number] = dict(measure_loads(load(args, target), lines[number], seed=args.seed))
                 free()
     except KeyboardInterrupt as stop:
@@ -423,11 +425,12 @@ def loads_for(number: int, targets: list[Target], loads: list[dict[str, Any]]) -
         `dict`: attack -> name of the model on which it was measured, and the load.
     """
     found = {}
-    for name, own in loads[number].items():
-        measured = [(targets[i].name, one[name]) for i, one in enumerate(loads) if one[name]["load"]]
-        if own["load"] or not measured:
+    for name in dict.fromkeys(name for one in loads for name in one):
+        own = loads[number].get(name)
+        measured = [(targets[i].name, one[name]) for i, one in enumerate(loads) if name in one and one[name]["load"]]
+        if own is not None and (own["load"] or not measured):
             found[name] = (targets[number].name, own)
-        else:
+        elif measured:
             found[name] = max(measured, key=lambda pair: pair[1]["load"])
     return found
 
