@@ -17,7 +17,7 @@ from tiny import VOCABULARY, make_tokenizer, tiny_model
 from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
 from trl_robust.attacks import AttackRow, Generation, Subject
-from trl_robust.evaluation import ClassifierJudge, Endpoint, RubricJudge, agreement, attack_success, judged_by
+from trl_robust.evaluation import ClassifierJudge, Endpoint, RubricJudge, agreement, attack_success, judged
 from trl_robust.evaluation.judge_forms import FORMS, GUARD, YES_NO, JudgeForm, ResponseVerdict, fill
 from trl_robust.evaluation.response_judges import RUBRIC, graded
 
@@ -380,7 +380,7 @@ class TestJudgedBy:
             Generation(rows[3], "attacked 3", status="errored", reason="out of memory"),
         ]
         judge = Said(ResponseVerdict(0.75, None, {"a": 1}), ResponseVerdict(None, "cannot say"))
-        found = judged_by(generations, judge)
+        found = judged(generations, judge)
         # The original request, and what the model itself said.
         assert judge.seen == [("request 0", "yes"), ("request 2", "no")]
         assert [row["status"] for row in found] == ["scored", "skipped", "errored", "errored"]
@@ -388,7 +388,7 @@ class TestJudgedBy:
         assert [row["reason"] for row in found] == [None, "no target", "judge said: cannot say", "out of memory"]
         assert found[0]["details"] == {"a": 1}
         assert attack_success(found)["n_errored"] == 2
-        assert judged_by(generations[1:2], judge)[0]["status"] == "skipped"
+        assert judged(generations[1:2], judge)[0]["status"] == "skipped"
 
 
 def rows(values) -> list[dict]:

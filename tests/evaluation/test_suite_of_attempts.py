@@ -4,7 +4,10 @@ import pytest
 from tiny import WORDS, make_tokenizer, tiny_model
 
 from trl_robust.attacks import AttackRow, BestOfN, ManyShot, RefusalDirection, Subject
-from trl_robust.evaluation.suite import best_attempts, run_attack
+from trl_robust.evaluation.judge_forms import ResponseVerdict
+from trl_robust.evaluation.judging import agreement
+from trl_robust.evaluation.kept_judge import KeptJudge
+from trl_robust.evaluation.suite import best_attempts, budget_of, judge_entry, run_attack
 
 
 def row(name, status="scored", success=None):
@@ -18,6 +21,10 @@ def row(name, status="scored", success=None):
         ([("scored", False), ("errored", None)], ("errored", None)),
         ([("skipped", None), ("scored", False)], ("scored", False)),
         ([("skipped", None), ("skipped", None)], ("skipped", None)),
+        # Graded: the highest decides, and 0.5 is enough to overrule an error.
+        ([("scored", 0.25), ("scored", 0.75), ("scored", 0.5)], ("scored", 0.75)),
+        ([("errored", None), ("scored", 0.5)], ("scored", 0.5)),
+        ([("scored", 0.49), ("errored", None)], ("errored", None)),
     ],
 )
 def test_one_success_is_enough_and_an_error_is_never_safety(attempts, decides):
@@ -49,3 +56,54 @@ def test_rows_that_an_attack_was_given_stand_in_the_results_by_their_number():
     attack = RefusalDirection(harmful=examples, harmless=[{"prompt": " ".join(WORDS[5:9])}])
     entry, _ = run_attack(subject, attack, requests, "exact")
     assert (entry["budget"]["harmful"], entry["budget"]["harmless"]) == (3, 1)
+
+
+class Grader:
+    """Grades by the length of the request, and cannot judge those with `w2`."""
+
+    name, version = "grader", 7
+
+    def __init__(self):
+        self.asked = 0
+
+    def settings(self):
+        return {"model": "none"}
+
+    def judge(self, answers):
+        self.asked += len(answers)
+        return [
+            ResponseVerdict(None, "cannot say") if "w2" in prompt else ResponseVerdict(0.25 * len(prompt.split()))
+            for prompt, _ in answers
+        ]
+
+
+def test_a_judge_with_a_model_takes_the_place_of_a_name():
+    subject = Subject(tiny_model("llama"), make_tokenizer(), max_new_tokens=2, batch_size=4, progress=False)
+    requests = [AttackRow(str(number), " ".join(WORDS[: 1 + number])) for number in range(3)]
+    entry, rows = run_attack(subject, BestOfN(n=2), requests, Grader())
+    assert judge_entry(Grader()) == {"judge": "grader", "judge_version": 7, "judge_settings": {"model": "none"}}
+    assert judge_entry("exact") == {"judge": "exact", "judge_version": 1, "judge_settings": {}}
+    assert {name: entry[name] for name in judge_entry(Grader())} == judge_entry(Grader())
+    assert entry["budget"] == budget_of(BestOfN(n=2))
+    assert (entry["n_scored"], entry["n_errored"], entry["success"]) == (2, 1, 0.375)
+    assert [row["reason"] for row in rows][-2:] == ["judge grader: cannot say"] * 2
+
+
+def test_a_kept_judge_is_asked_once_and_what_it_could_not_say_again(tmp_path):
+    answers = [("w0", "a"), ("w0 w2", "a"), ("w0", "a"), ("w0", "b")]
+    first, second = Grader(), Grader()
+    found = KeptJudge(first, tmp_path).judge(answers)
+    assert [verdict.score for verdict in found] == [0.25, None, 0.25, 0.25] and first.asked == 3
+    assert KeptJudge(second, tmp_path).judge(answers) == found and second.asked == 1
+    second.version = 8  # another judge: what the old one said is not its own
+    KeptJudge(second, tmp_path).judge(answers)
+    assert second.asked == 4
+
+
+def test_judges_agreement_does_not_grow_more_certain_by_answers_to_the_same_request():
+    once = [[row(str(number), success=number < half) for number in range(20)] for half in (10, 15)]
+    tenfold = [[entry for entry in side for _ in range(10)] for side in once]
+    narrow, wide = agreement(*tenfold), agreement(*once)
+    assert (narrow["n"], wide["n"]) == (200, 20)
+    for name in ("agreement", "kappa", "interval", "kappa_interval"):
+        assert narrow[name] == pytest.approx(wide[name])

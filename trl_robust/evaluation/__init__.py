@@ -4,7 +4,7 @@ from ..attacks.endpoint import Endpoint
 from .coherence import coherence, perplexity
 from .consistency import answer_agreement, posix, prompt_sensitivity
 from .curves import envelope, intact
-from .judging import agreement, judged_by
+from .judging import agreement
 from .load import latent_load
 from .metrics import AttackSuccess, attack_success, paired_difference
 from .prompt_metrics import PromptRobustness, WinRate
@@ -32,7 +32,6 @@ __all__ = [
     "factor_of_safety",
     "intact",
     "judged",
-    "judged_by",
     "kendalls_w",
     "latent_load",
     "leave_one_attack_out",

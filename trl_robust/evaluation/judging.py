@@ -1,4 +1,4 @@
-"""Answers judged by models, and how far two judges agree."""
+"""How far two judges of the same answers agree."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from ..attacks import Generation
 from .correlation import CONFIDENCE, RESAMPLES
-from .judge_forms import ResponseJudge
 from .metrics import _interval, _score
 
 
@@ -28,43 +26,6 @@ class Agreement(TypedDict):
     why: str | None
 
 
-def judged_by(generations: Sequence[Generation], judge: ResponseJudge) -> list[dict[str, Any]]:
-    """
-    Judges generations, as [`~trl_robust.evaluation.judged`] does with the judges that need no model.
-
-    Args:
-        generations (sequence of [`~trl_robust.attacks.Generation`]):
-            What the model answered. Judged is the continuation, on the original request.
-        judge ([`ResponseJudge`]):
-            Who judges.
-
-    Returns:
-        `list[dict]`: for every request `id`, `prompt`, `response`, `status` (`"scored"`, `"errored"` or `"skipped"`),
-        `success` (`None` unless scored), `reason`, and `details` of the judge.
-    """
-    asked = [number for number, generation in enumerate(generations) if generation.status == "generated"]
-    pairs = [(generations[number].row.prompt, generations[number].continuation or "") for number in asked]
-    verdicts = dict(zip(asked, judge.judge(pairs) if pairs else [], strict=True))
-    rows = []
-    for number, generation in enumerate(generations):
-        verdict = verdicts.get(number)
-        reason = generation.reason
-        if verdict is not None and verdict.score is None:
-            reason = f"judge {judge.name}: {verdict.reason}"
-        rows.append(
-            {
-                "id": generation.row.id,
-                "prompt": generation.prompt,
-                "response": generation.response,
-                "status": generation.status if verdict is None else verdict.status,
-                "success": None if verdict is None else verdict.score,
-                "reason": reason,
-                "details": {} if verdict is None else dict(verdict.details),
-            }
-        )
-    return rows
-
-
 def agreement(
     first: Sequence[Mapping[str, Any]],
     second: Sequence[Mapping[str, Any]],
@@ -77,12 +38,12 @@ def agreement(
 
     Args:
         first, second (sequence of `Mapping`):
-            Rows with `id`, `status` and `success`, as [`judged_by`] and [`~trl_robust.evaluation.judged`] give them.
+            Rows with `id`, `status` and `success`, as [`~trl_robust.evaluation.judged`] gives them.
             Rows of the same id are paired in their order.
         threshold (`float`, *optional*, defaults to `0.5`):
             Success from which on a graded answer counts as harmful.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the bootstrap over answers.
+            Seed of the bootstrap over requests: answers to one request are drawn together.
 
     Returns:
         [`Agreement`]: `agreement`, the share of answers on which both say the same; `kappa`, Cohen's, which is 0 where
@@ -111,15 +72,24 @@ def agreement(
     found["agreement"] = float(same.mean())
     found["success"] = [float(column.mean()) for column in table]
     found["disagreeing"] = [name[0] for name, equal in zip(shared, same, strict=True) if not equal]
-    found["interval"] = _interval(same.astype(float), np.ones(len(same)), (0.0, 1.0), CONFIDENCE, RESAMPLES, seed)
-    # Answers of one kind are interchangeable: what is drawn is how often each of the four pairs of verdicts comes up.
-    cells = np.bincount(2 * table[0] + table[1], minlength=4)
+    # Answers to one request, of an attack that tries several times or at several budgets, are not independent.
+    number_of: dict[Hashable, int] = {}
+    request = np.array([number_of.setdefault(name[0], len(number_of)) for name in shared])
+    cells_of = np.zeros((len(number_of), 4), dtype=int)
+    np.add.at(cells_of, (request, 2 * table[0] + table[1]), 1)
+    found["interval"] = _interval(
+        (cells_of[:, 0] + cells_of[:, 3]).astype(float), cells_of.sum(1), (0.0, 1.0), CONFIDENCE, RESAMPLES, seed
+    )
+    cells = cells_of.sum(0)
     kappa = float(_kappa(cells))
     if np.isnan(kappa):
         found["why"] = "both judges say the same of every answer, so that chance alone would make them agree"
         return found
     found["kappa"] = kappa
-    drawn = _kappa(np.random.default_rng(seed).multinomial(len(shared), cells / len(shared), size=RESAMPLES))
+    # Requests of one kind are interchangeable: what is drawn is how often each kind comes up.
+    kinds, counts = np.unique(cells_of, axis=0, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(len(cells_of), counts / len(cells_of), size=RESAMPLES)
+    drawn = _kappa(draws @ kinds)
     drawn = drawn[np.isfinite(drawn)]
     if len(drawn) >= RESAMPLES / 2:
         tail = (1 - CONFIDENCE) / 2

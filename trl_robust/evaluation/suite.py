@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..attacks import Attack, AttackRow, Generation, Subject
-from .judge_forms import ResponseJudge
+from .judge_forms import ResponseJudge, ResponseVerdict
 from .judges import JUDGE_VERSIONS, JUDGES, JudgeName, exact, is_refusal
-from .judging import judged_by
 from .metrics import attack_success
 
 SCHEMA = 1
@@ -32,7 +31,7 @@ def judged(generations: Sequence[Generation], judge: Judge) -> list[dict[str, An
 
     Args:
         generations (sequence of [`Generation`]):
-            What the model answered.
+            What the model answered. Judged is the continuation, on the original request.
         judge (`str` or [`ResponseJudge`]):
             `"exact"`, `"refusal_prefix"`, or a judge with a model.
 
@@ -40,27 +39,40 @@ def judged(generations: Sequence[Generation], judge: Judge) -> list[dict[str, An
         `list[dict]`: for every request `id`, `prompt`, `response`, `status` (`"scored"`, `"errored"` or `"skipped"`),
         `success` (`None` unless scored) and `reason`; `details` of a judge with a model.
     """
-    if not isinstance(judge, str):
-        return judged_by(generations, judge)
+    asked = [number for number, generation in enumerate(generations) if generation.status == "generated"]
+    verdicts = dict(zip(asked, _verdicts([generations[number] for number in asked], judge), strict=True))
+    name = judge if isinstance(judge, str) else judge.name
     rows = []
-    for generation in generations:
-        status, success, reason = generation.status, None, generation.reason
-        if status == "generated":
-            try:
-                success, status = JUDGES[judge](generation.row, generation.continuation or ""), "scored"
-            except ValueError as error:
-                status, reason = "errored", f"judge {judge}: {error}"
-        rows.append(
-            {
-                "id": generation.row.id,
-                "prompt": generation.prompt,
-                "response": generation.response,
-                "status": status,
-                "success": success,
-                "reason": reason,
-            }
-        )
+    for number, generation in enumerate(generations):
+        row: dict[str, Any] = {
+            "id": generation.row.id,
+            "prompt": generation.prompt,
+            "response": generation.response,
+            "status": generation.status,
+            "success": None,
+            "reason": generation.reason,
+        }
+        verdict = verdicts.get(number)
+        if verdict is not None:
+            row["status"], row["success"] = verdict.status, verdict.score
+            row["reason"] = None if verdict.score is not None else f"judge {name}: {verdict.reason}"
+        if not isinstance(judge, str):
+            row["details"] = {} if verdict is None else dict(verdict.details)
+        rows.append(row)
     return rows
+
+
+def _verdicts(answered: Sequence[Generation], judge: Judge) -> Sequence[ResponseVerdict]:
+    if not isinstance(judge, str):
+        pairs = [(generation.row.prompt, generation.continuation or "") for generation in answered]
+        return judge.judge(pairs) if pairs else []
+    found = []
+    for generation in answered:
+        try:
+            found.append(ResponseVerdict(JUDGES[judge](generation.row, generation.continuation or "")))
+        except ValueError as error:
+            found.append(ResponseVerdict(None, str(error)))
+    return found
 
 
 def judge_entry(judge: Judge) -> dict[str, Any]:

@@ -4,135 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .attack_settings import ATTACKS, AttackSettings
-from .inputs import folder_fault
-from .judging import JudgeArguments, loaded
+from .attack_settings import AttackArguments, key_of
+from .judging import loaded
 
 if TYPE_CHECKING:
     from ..attacks import Attack, AttackRow, Generation, Subject
     from ..attacks.loading import Adapter
-
-
-@dataclass
-class AttackArguments(AttackSettings, JudgeArguments):
-    """
-    Arguments of `trl-robust attack`.
-
-    Args:
-        model (`str`):
-            Model or adapter to attack: a folder or a hub id; with `model_url` its name there.
-        attack (`str`):
-            On prompts: `direct` (none), `template`, `prefill`, `many_shot`, `best_of_n`, `gcg`, `pair`; on embeddings
-            `soft_suffix`, `embedding`; on hidden states `latent`, `universal`, `refusal_direction`; on weights
-            `pruning`, `finetune`.
-        data (`str`):
-            Requests: a dataset with a `prompt` column, and with `target` (the opening that attacks bring out) and
-            `answer` (what a successful response states) where there are such.
-        data_split (`str`, *optional*, defaults to `"train"`):
-            Its split.
-        prompt_column, target_column, answer_column (`str`, *optional*):
-            Names of these columns.
-        max_rows (`int`, *optional*):
-            Attack only the first rows.
-        output_dir (`str`, *optional*):
-            Where results and report go: a folder without results. By default `attack-results/ATTACK`, with a number
-            behind it where that holds results already. A run that was stopped goes on in its folder.
-        judge (`str`, *optional*):
-            One of `judges`, where one is enough; `auto` is the default of these.
-        model_url, model_key_env (`str`, *optional*):
-            Base URL of an OpenAI-compatible server, and the environment variable that holds its key. Only attacks on
-            prompts that need no weights run there.
-        load_in_4bit (`bool`, *optional*, defaults to `False`):
-            Whether the weights are brought into NF4.
-        adapter (`str`, *optional*, defaults to `"on"`):
-            What becomes of an adapter: `on`, `off` or `merged`.
-        max_new_tokens, batch_size, max_prompt_tokens (`int`, *optional*):
-            Of the generation.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Weight dtype.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether the model's own code may run.
-        show_generations (`bool`, *optional*, defaults to `False`):
-            Whether the report shows responses. They stand in `generations.jsonl` either way.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of what is random in an attack.
-    """
-
-    model: str | None = field(default=None, metadata={"help": "Model or adapter to attack: a folder or a hub id."})
-    attack: str | None = field(default=None, metadata={"help": "Which attack.", "choices": list(ATTACKS)})
-    data: str | None = field(default=None, metadata={"help": "Requests: a file, a folder or a hub id."})
-    data_split: str = field(default="train", metadata={"help": "Split of the requests."})
-    prompt_column: str = field(default="prompt", metadata={"help": "Column with the requests."})
-    target_column: str = field(default="target", metadata={"help": "Column with the openings to bring out."})
-    answer_column: str = field(default="answer", metadata={"help": "Column with the answers to look for."})
-    max_rows: int | None = field(default=None, metadata={"help": "Attack only the first rows."})
-    output_dir: str | None = field(default=None, metadata={"help": "Where results and report go: a new folder."})
-    judge: str | None = field(default=None, metadata={"help": "Who judges, where one is enough."})
-    model_url: str | None = field(default=None, metadata={"help": "A served model: base URL of the server."})
-    model_key_env: str | None = field(default=None, metadata={"help": "A served model: variable with the key."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Whether the weights are brought into NF4."})
-    adapter: str = field(
-        default="on", metadata={"help": "What becomes of an adapter.", "choices": ["on", "off", "merged"]}
-    )
-    max_new_tokens: int = field(default=64, metadata={"help": "Length of an answer in tokens."})
-    batch_size: int = field(default=16, metadata={"help": "Requests at a time."})
-    max_prompt_tokens: int = field(default=1024, metadata={"help": "Longer requests are skipped."})
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Weight dtype.", "choices": ["auto", "bfloat16", "float16", "float32"]},
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether the model's own code may run."})
-    show_generations: bool = field(default=False, metadata={"help": "Whether the report shows responses."})
-    seed: int = field(default=0, metadata={"help": "Seed of what is random in an attack."})
-
-    def __post_init__(self) -> None:
-        if self.judge not in (None, "auto"):
-            self.judges = [str(self.judge), *(self.judges or [])]
-        if problems := self.faults():
-            raise ValueError("\n".join(problems))
-
-    def faults(self) -> list[str]:
-        """Everything that is wrong with the arguments, one sentence each."""
-        problems = [
-            f"`{name}` is missing; {what}."
-            for name, what in (
-                ("model", "name a model folder or hub id"),
-                ("attack", f"choose one of {list(ATTACKS)}"),
-                ("data", "name a dataset of requests"),
-            )
-            if getattr(self, name) is None
-        ]
-        problems += self.settings_faults(self.attack) + self.judge_faults()
-        at_least = dict.fromkeys(("max_rows", "max_new_tokens", "batch_size", "max_prompt_tokens"), 1) | {"seed": 0}
-        for name, least in at_least.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                problems.append(f"`{name}` is {getattr(self, name)}; it must be at least {least}.")
-        if self.model_url is not None and (self.load_in_4bit or self.adapter != "on"):
-            problems.append("`load_in_4bit` and `adapter` are for models on this machine; remove them or `model_url`.")
-        if self.model_key_env is not None and self.model_url is None:
-            problems.append("`model_key_env` belongs to `model_url`, which is not given; remove it.")
-        folder = self.folder
-        if (fault := folder_fault(folder)) is not None:
-            problems.append(fault)
-        elif (folder / "results.json").exists():
-            problems.append(f"`output_dir` {folder} holds results, and nothing is written over. Name another folder.")
-        return problems
-
-    @property
-    def folder(self) -> Path:
-        """`output_dir`, or the first folder of the default's that holds no results."""
-        if self.output_dir is not None:
-            return Path(self.output_dir)
-        folder, number = Path("attack-results") / str(self.attack), 1
-        while (folder / "results.json").exists():
-            number += 1
-            folder = folder.with_name(f"{self.attack}-{number}")
-        return folder
 
 
 def main(argv: list[str]) -> int:
@@ -189,7 +71,7 @@ def attack_rows(
     for number, row in enumerate(dataset):
         prompt, target, answer = (row.get(columns[name]) for name in ("prompt", "target", "answer"))
         answer = str(answer) if isinstance(answer, int | float) else answer
-        if not (_is_request(prompt) and isinstance(target, str | None) and isinstance(answer, str | None)):
+        if not (is_request(prompt) and isinstance(target, str | None) and isinstance(answer, str | None)):
             wrong.append(number)
         found.append(AttackRow(str(number), prompt, target, answer))
     if wrong:
@@ -225,7 +107,17 @@ def read_templates(path: str) -> tuple[str, ...]:
     return tuple(line for line in lines if line.strip())
 
 
-def _is_request(prompt: Any) -> bool:
+def is_request(prompt: Any) -> bool:
+    """
+    Whether something can be asked: a text, or messages with `role` and `content`, not empty.
+
+    Args:
+        prompt:
+            Value of a column.
+
+    Returns:
+        `bool`.
+    """
     if isinstance(prompt, str):
         return bool(prompt.strip())
     if not isinstance(prompt, list) or not prompt:
@@ -254,15 +146,15 @@ def build_attack(args: AttackArguments) -> Attack:
     name = str(args.attack)
     data: dict[str, Any] = {}
     for field_name in data_fields_of(name):
+        named = getattr(args, key_of(name, field_name))
+        if named is None:
+            continue
         if field_name == "templates":
-            data[field_name] = None if args.templates is None else read_templates(args.templates)
+            data[field_name] = read_templates(named)
         elif field_name == "attacker":
-            data[field_name] = attacker_of(args)
+            data[field_name] = loaded("attacker_model", named, lambda: attacker_of(args))
         else:
-            path = args.finetune_data if name == "finetune" else getattr(args, f"attack_{field_name}")
-            data[field_name] = None if path is None else rows_for(name, path)
-    if name == "pruning" and data["examples"] is None:
-        data["examples"] = [{"prompt": ""}]  # the random control reads none
+            data[field_name] = rows_for(name, named)
     settings = args.settings()
     if "seed" in settings_of(name):
         settings["seed"] = args.seed
@@ -344,44 +236,83 @@ def run(args: AttackArguments, subject: Subject, attack: Attack, rows: list[Atta
     from ..evaluation import write_results
     from ..evaluation.generalized_results import line_entry
     from ..evaluation.judged_lines import JudgedLine
+    from ..evaluation.kept_judge import KeptJudge
     from ..evaluation.lines import Line, Point
-    from ..evaluation.suite import judged
+    from ..evaluation.suite import judge_entry, judged
     from ..report import results_table, write_report
     from .judging import make_judges
 
-    judges = make_judges(args, rows)
-    start = time.perf_counter()
-    generations = kept_generations(args, subject, attack, rows)
-    verdicts = [[judged(generations, judge)] for judge in judges]
-    line = Line(attack.name, (Point(attack),))
-    found = JudgedLine(line, [generations], verdicts, [None], None, time.perf_counter() - start)
-    entry = line_entry(found, judges, args.seed)
     folder = args.folder
+    judges = [
+        judge if isinstance(judge, str) else KeptJudge(judge, folder / "progress") for judge in make_judges(args, rows)
+    ]
+    start = time.perf_counter()
+    try:
+        generations = kept_generations(args, subject, attack, rows)
+        seconds = time.perf_counter() - start
+        verdicts = [judged(generations, judge) for judge in judges]
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(
+            f"Interrupted. What is done stands in {folder}; the same command goes on from there."
+        ) from stop
+    line = Line(attack.name, (Point(attack),))
+    entry = line_entry(
+        JudgedLine(line, [generations], [[part] for part in verdicts], [None], None, seconds), judges, args.seed
+    )
+    others = [[judge_entry(judge)["judge"], part] for judge, part in zip(judges[1:], verdicts[1:], strict=True)]
     results = write_results(
         folder,
         [{"name": str(args.model), "attacks": [entry]}],
-        [{"model": str(args.model), "attack": attack.name, **row} for row in verdicts[0][0]],
+        [
+            {
+                "model": str(args.model),
+                "attack": attack.name,
+                **row,
+                **({"judges": {name: part[number]["success"] for name, part in others}} if others else {}),
+            }
+            for number, row in enumerate(verdicts[0])
+        ],
         seed=args.seed,
     )
     page = write_report(folder, show_generations=args.show_generations)
     console = Console()
     console.print(results_table(results))
-    console.print(
-        f"{entry['n_scored']} scored, {entry['n_errored']} errored, {entry['n_skipped']} skipped; "
-        f"judge: {entry['judge']}"
-    )
-    for other in entry.get("second_judges", []):
-        success = "no score" if other["success"] is None else f"{other['success']:.2f}"
-        agreement = other["agreement"]["agreement"]
-        agree = "no answer scored by both" if agreement is None else f"agrees on {agreement:.2f} of the answers"
-        console.print(f"judge {other['judge']}: {success}, {agree}, {other['n_errored']} errored")
-    reasons = {row["reason"] for part in verdicts for row in part[0] if row["reason"]}
-    for reason in sorted(reasons)[:5]:
-        console.print(f"  {reason}", markup=False)
-    if entry["judge"] == "refusal_prefix":
-        console.print("This judge only looks at the first words: gibberish counts as success, a late refusal as well.")
-    console.print(f"Report: {page}")
+    for sentence in outcome(entry, [row for part in verdicts for row in part]):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Report: {page}", markup=False, soft_wrap=True)
     return results
+
+
+def outcome(entry: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """
+    What a run says beside its table: the counts, how far the judges agree, and why rows were not scored.
+
+    Args:
+        entry (`Mapping`):
+            The attack's entry in `results.json`.
+        rows (sequence of `Mapping`):
+            Its rows under all judges.
+
+    Returns:
+        `list[str]`: lines.
+    """
+    counts = "{n_scored} scored, {n_errored} errored, {n_skipped} skipped; judge: {judge}"
+    lines = [counts.format(**entry)]
+    for other in entry.get("second_judges", []):
+        found = other["agreement"]
+        agree = found["why"]
+        if found["agreement"] is not None:
+            kappa = "" if found["kappa"] is None else f", kappa {found['kappa']:.2f}"
+            agree = f"agrees on {found['agreement']:.2f} of {found['n']} answers{kappa}"
+        success = "no success rate" if other["success"] is None else f"success {other['success']:.2f}"
+        lines.append(f"{counts.format(**other)}, beside it: {success}, {agree}")
+    reasons = sorted({row["reason"] for row in rows if row["reason"]})
+    lines += [f"  {reason}" for reason in reasons[:5]]
+    if len(reasons) > 5:
+        lines.append(f"  and {len(reasons) - 5} other reasons, see generations.jsonl")
+    if entry["judge"] == "refusal_prefix":
+        lines.append("This judge only looks at the first words: gibberish counts as success, a late refusal as well.")
+    return lines
 
 
 def kept_generations(
@@ -406,6 +337,7 @@ def kept_generations(
     Raises:
         [`~trl_robust.recipes.RecipeError`]: the folder holds part of another attack.
     """
+    from ..cli import fault_of
     from ..evaluation.generalized import Journal
     from ..evaluation.keeping import fingerprint, settings_fault
     from ..recipes import RecipeError
@@ -415,7 +347,10 @@ def kept_generations(
     place = args.folder / "progress"
     settings = {
         "model": [str(args.model), weights_of(Path(str(args.model)).expanduser()), args.adapter, args.load_in_4bit],
+        "served": args.model_url is not None,
         "attack": settings_of_attack(attack),
+        "attacker": [args.attacker_model, args.attacker_url is not None],
+        "seed": args.seed,
         "data": fingerprint([asdict(row) for row in rows]),
         "max_new_tokens": args.max_new_tokens,
         "max_prompt_tokens": args.max_prompt_tokens,
@@ -427,10 +362,8 @@ def kept_generations(
     subject.journal = Journal(place / "begun.jsonl")
     try:
         return attack.run(subject, rows)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(
-            f"Interrupted. What is done stands in {args.folder}; the same command goes on from there."
-        ) from stop
+    except ValueError as error:  # rows or a file that do not fit the attack or the model
+        raise fault_of(error, "The command line") from error
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 JUDGE_NAMES = ("exact", "refusal_prefix", "classifier", "rubric")
+WITH_MODEL = ("classifier", "rubric")
 FORMS = ("yes_no", "safe_unsafe", "guard")
 
 
@@ -77,7 +78,7 @@ class JudgeArguments:
             problems.append(f"`judges` names {unknown}; choose among {', '.join(JUDGE_NAMES)}.")
         if len(set(judges)) < len(judges):
             problems.append("`judges` names a judge twice; name each once.")
-        for judge in ("classifier", "rubric"):
+        for judge in WITH_MODEL:
             given = [
                 name
                 for name in self.__dataclass_fields__
@@ -91,18 +92,45 @@ class JudgeArguments:
             problems.append("`classifier_form` and `classifier_template` both say how to ask; remove one.")
         if self.classifier_template is not None and not Path(self.classifier_template).is_file():
             problems.append(f"There is no file {self.classifier_template} (`classifier_template`).")
-        if self.rubric_key_env is not None:
-            if self.rubric_url is None:
-                problems.append("`rubric_key_env` belongs to `rubric_url`, which is not given; remove it.")
-            elif not os.environ.get(self.rubric_key_env):
-                # What was given may be the key itself, so the message does not repeat it.
-                problems.append(
-                    "`rubric_key_env` names no environment variable that is set. Give the name of the variable that "
-                    "holds the key, not the key."
-                )
         if self.judge_batch_size < 1:
             problems.append(f"`judge_batch_size` is {self.judge_batch_size}; it must be at least 1.")
-        return problems
+        return problems + address_faults(self, "rubric")
+
+
+def address_faults(args: Any, *prefixes: str) -> list[str]:
+    """
+    What is wrong with addresses of servers, and with the names of variables that hold their API keys.
+
+    Args:
+        args:
+            Arguments with `PREFIX_url` and `PREFIX_key_env`.
+        *prefixes (`str`):
+            What these two begin with.
+
+    Returns:
+        `list[str]`: one sentence each.
+    """
+    from ..attacks.endpoint import Endpoint
+
+    problems = []
+    for prefix in prefixes:
+        url, variable = getattr(args, f"{prefix}_url"), getattr(args, f"{prefix}_key_env")
+        if url is not None:
+            try:
+                Endpoint(url, "model")
+            except ValueError as error:
+                problems.append(str(error).replace("`url`", f"`{prefix}_url`"))
+        if variable is None:
+            continue
+        if url is None:
+            problems.append(f"`{prefix}_key_env` belongs to `{prefix}_url`, which is not given; remove it.")
+        elif not os.environ.get(variable):
+            # What was given may be the key itself, so the message does not repeat it.
+            problems.append(
+                f"`{prefix}_key_env` names no environment variable that is set. Give the name of the variable that "
+                "holds the key, not the key."
+            )
+    return problems
 
 
 def make_judges(args: JudgeArguments, rows: Sequence[AttackRow]) -> list[Judge]:
@@ -134,6 +162,7 @@ def _classifier(args: JudgeArguments) -> Any:
     from ..evaluation.judge_forms import FORMS as READY
     from ..evaluation.judge_forms import JudgeForm
     from ..evaluation.response_judges import ClassifierJudge
+    from ..recipes import RecipeError
 
     def load() -> ClassifierJudge:
         form: JudgeForm = READY[args.classifier_form or "yes_no"]
@@ -152,7 +181,13 @@ def _classifier(args: JudgeArguments) -> Any:
             trust_remote_code=args.judge_trust_remote_code,
         )
 
-    return loaded("classifier_model", str(args.classifier_model), load)
+    judge = loaded("classifier_model", str(args.classifier_model), load)
+    ways = ["classifier_label"] if not judge.sequence else ["classifier_form", "classifier_template"]
+    ways += ["classifier_opening"] if judge.sequence else []
+    if unused := [name for name in ways if getattr(args, name) is not None]:
+        what = "has labels and is not asked with a text" if judge.sequence else "answers with a word and has no labels"
+        raise RecipeError([f"`classifier_model` {args.classifier_model} {what}; remove {unused}."])
+    return judge
 
 
 def _rubric(args: JudgeArguments) -> Any:
@@ -169,9 +204,11 @@ def _rubric(args: JudgeArguments) -> Any:
         name,
         lambda: Subject.load(name, batch_size=args.judge_batch_size, trust_remote_code=args.judge_trust_remote_code),
     )
-    # Request, response and rubric; what does not fit the judge is errored, not cut.
-    subject.max_prompt_tokens = getattr(subject.model.config, "max_position_embeddings", None) or 8192
-    return RubricJudge(subject, source=name)
+    judge = RubricJudge(subject, source=name)
+    # Request, response and rubric; what does not fit the judge together with its reply is errored, not cut.
+    positions = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None) or 8192
+    subject.max_prompt_tokens = max(positions - judge.max_new_tokens, 0)
+    return judge
 
 
 def loaded(key: str, name: str, load: Callable[[], T]) -> T:
@@ -197,10 +234,15 @@ def loaded(key: str, name: str, load: Callable[[], T]) -> T:
 
     try:
         return load()
+    except RecipeError:  # a part of it that has been named already
+        raise
     except OSError as error:
         reason = " ".join(str(error).split())
         raise RecipeError(
             [f"`{key}` {name} could not be loaded with its tokenizer, from here or from the hub: {reason}"]
         ) from error
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError([f"`{key}` {name} needs a package that is not installed: {reason}"]) from error
     except ValueError as error:
         raise fault_of(error, "The command line") from error
