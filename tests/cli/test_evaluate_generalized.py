@@ -246,12 +246,18 @@ def test_a_prompt_too_long_is_skipped(models, data, tmp_path):
 
 def test_an_attack_without_rows_is_left_out_and_said_so(models, data, tmp_path, capsys):
     config = tmp_path / "few.yaml"
-    config.write_text(yaml.safe_dump({"attacks": {"direct": {}, "finetune": {"steps": 1}}, "max_new_tokens": 2}))
+    attacks = {"direct": {}, "finetune": {"steps": 1}, "universal": {}, "refusal_direction": {}, "pair": {}}
+    config.write_text(yaml.safe_dump({"attacks": attacks, "max_new_tokens": 2}))
     words = ["--suite", "generalized", "--model", models[0], "--data", data[1]["data"]]
     assert evaluate(config, *words, "--output_dir", tmp_path / "out") == 0
-    assert "Left out: finetune needs examples." in capsys.readouterr().err
+    assert "Left out: finetune needs `examples_data`." in capsys.readouterr().err
     results, _ = read(tmp_path / "out")
-    assert results["suite"]["left_out"] == {"finetune": "needs examples"}
+    assert results["suite"]["left_out"] == {
+        "finetune": "needs `examples_data`",
+        "universal": "needs `openings_data`",
+        "refusal_direction": "needs `openings_data` and `benign_data`",
+        "pair": "needs `attacker_model`",
+    }
     assert [attack["name"] for attack in results["models"][0]["attacks"]] == ["direct"]
     assert results["models"][0]["utility"] == {}
 
@@ -408,6 +414,13 @@ def test_the_grids_of_fine_tuning_are_those_of_the_paper(task):
         if one.task == task
     ]
     assert sorted(written) == sorted(known)
+
+
+def test_rows_without_a_request_are_named(models, data, tmp_path, capsys):
+    empty = write(tmp_path / "empty.jsonl", [{"prompt": "w1", "completion": "w2"}, {"prompt": "", "completion": "w2"}])
+    words = ["--model", models[0], "--only", "pruning", "--examples_data", empty, "--output_dir", tmp_path / "out"]
+    assert evaluate(data[0], *words) == 1
+    assert "rows without a request (1, the first is row 1)" in capsys.readouterr().err
 
 
 def test_an_organism_that_is_none_or_old_is_named(models, data, tmp_path, capsys):

@@ -49,7 +49,7 @@ def test_one_attack_under_two_names_with_rows_of_its_own():
 def test_an_attack_without_rows_is_left_out_by_name():
     lines, left_out = read({"finetune": {"examples": "nothing"}, "direct": {}})
     assert [line.name for line in lines] == ["direct"]
-    assert left_out == {"finetune": "needs examples"}
+    assert left_out == {"finetune": ["examples"]}
 
 
 def test_loads():

@@ -86,7 +86,7 @@ def read_lines(
     *,
     controls: bool = True,
     seed: int = 0,
-) -> tuple[list[Line], dict[str, str], list[str]]:
+) -> tuple[list[Line], dict[str, list[str]], list[str]]:
     """
     Reads the attacks of a suite.
 
@@ -108,10 +108,10 @@ def read_lines(
 
     Returns:
         `tuple`: the lines, each followed by its control; the attacks that are left out because there are no rows for
-        them, and what they need; and a sentence for every fault.
+        some of their fields, with these; and a sentence for every fault.
     """
     lines: list[Line] = []
-    left_out: dict[str, str] = {}
+    left_out: dict[str, list[str]] = {}
     faults: list[str] = []
     for name, given in entries.items():
         if given is not None and not isinstance(given, Mapping):
@@ -128,21 +128,25 @@ def read_lines(
             if controls and has_control(str(kind)) and entry.get("objective") != "random":
                 lines.append(_control(line))
         except _NoRowsError as error:
-            left_out[name] = str(error)
+            left_out[name] = error.fields
         except ValueError as error:
             faults.append(f"The attack `{name}`: {error}")
     return lines, left_out, faults
 
 
 class _NoRowsError(Exception):
-    """There are no rows for a field that an attack needs."""
+    """There are no rows for some fields that an attack needs."""
+
+    def __init__(self, fields: list[str]) -> None:
+        super().__init__()
+        self.fields = fields
 
 
 def _line(name: str, kind: str, entry: dict[str, Any], rows_of: Any, seed: int) -> Line:
     load, load_is, limit = (entry.pop(key, None) for key in KEYS[1:])
     data = {item: rows_of(kind, item, entry.pop(item, None), limit) for item in data_fields_of(kind)}
     if missing := [item for item in needed_of(kind, entry) if data[item] is None]:
-        raise _NoRowsError(f"needs {' and '.join(missing)}")
+        raise _NoRowsError(missing)
     settings = settings_of(kind)
     if "seed" in settings:
         entry.setdefault("seed", seed)

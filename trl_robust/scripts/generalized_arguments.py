@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .inputs import folder_fault, seed_fault
-from .judging import JudgeArguments
+from .judging import JudgeArguments, address_faults
 
 VARIANTS = ("as_is", "adapter_off", "merged", "4bit")
 
@@ -201,13 +200,7 @@ class GeneralizedArguments(JudgeArguments):
                 problems.append(f"`{name}` is {getattr(self, name)}; it must be from 0 to below 1.")
         if self.unlearning_of is not None and self.unlearning_of not in [name for name, _ in self.models]:
             problems.append(f"`unlearning_of` is {self.unlearning_of}, which is no name of a model.")
-        for key in ("model_key_env", "attacker_key_env"):
-            if getattr(self, key) is not None and not os.environ.get(getattr(self, key)):
-                # What was given may be the key itself, so the message does not repeat it.
-                problems.append(
-                    f"`{key}` names no environment variable that is set. Give the name of the variable that holds the "
-                    "key, not the key."
-                )
+        problems += address_faults(self, "model", "attacker")
         if (fault := seed_fault(self.seed)) is not None:
             problems.append(fault)
         if (fault := folder_fault(self.folder)) is not None:
@@ -249,8 +242,6 @@ class GeneralizedArguments(JudgeArguments):
                 given.append("variants")
             if given:
                 problems.append(f"{given} need a model on this machine, and `model_url` is given; remove them.")
-        elif self.model_key_env is not None:
-            problems.append("`model_key_env` belongs to `model_url`, which is not given; remove it.")
         if self.attacker_url is not None and self.attacker_model is None:
             problems.append("`attacker_model` is missing; name the attacker behind `attacker_url`.")
         return problems

@@ -132,12 +132,39 @@ def lines_of(
     def own_rows(kind: str, field: str, named: str | None, limit: int | None) -> Any:
         return _rows_of(args, kind, field, named, limit)
 
-    lines, left_out, found = read_lines(entries, rows_of or own_rows, controls=args.controls, seed=args.seed)
+    lines, missing, found = read_lines(entries, rows_of or own_rows, controls=args.controls, seed=args.seed)
     if faults + found:
         raise RecipeError(faults + found)
     if not lines:
         raise RecipeError(["There are no rows for any of the attacks; name some, see `examples_data` and the like."])
+    left_out = {}
+    for name, fields in missing.items():
+        kind = str((entries[name] or {}).get("attack", name))
+        left_out[name] = f"needs {' and '.join(f'`{argument_for(kind, field)}`' for field in fields)}"
     return lines, left_out
+
+
+def argument_for(kind: str, field: str) -> str:
+    """
+    The argument that names the rows for a field of an attack.
+
+    Args:
+        kind (`str`):
+            Name of the attack.
+        field (`str`):
+            The field.
+
+    Returns:
+        `str`.
+    """
+    if field == "attacker":
+        return "attacker_model"
+    return SETS[_usual_set(kind, field)]
+
+
+def _usual_set(kind: str, field: str) -> str:
+    usual = "openings" if kind == "universal" else "examples"
+    return {"harmful": "openings", "harmless": "benign"}.get(field, usual)
 
 
 def _rows_of(args: GeneralizedArguments, kind: str, field: str, named: str | None, limit: int | None) -> Any:
@@ -149,10 +176,7 @@ def _rows_of(args: GeneralizedArguments, kind: str, field: str, named: str | Non
         return read_templates(path) if path else None
     if field == "attacker":
         return attacker_of(args)
-    default = {"harmful": "openings", "harmless": "benign"}.get(
-        field, "openings" if kind == "universal" else "examples"
-    )
-    path = dataset_of(args, named or default)
+    path = dataset_of(args, named or _usual_set(kind, field))
     if path is None:
         return None
     if field in ("harmful", "harmless") and limit is None:
@@ -179,6 +203,7 @@ def rows_for(kind: str, path: str, limit: int | None = None) -> list[dict[str, A
         [`~trl_robust.data.DataError`]: a dataset that is not there or lacks a column.
     """
     from ..data import DataError, as_prompt_completion, load_rows
+    from .attack import is_request
 
     rows = load_rows(path)
     if kind in ("many_shot", "finetune"):
@@ -186,6 +211,8 @@ def rows_for(kind: str, path: str, limit: int | None = None) -> list[dict[str, A
     needed = {"many_shot": ["completion"], "finetune": ["completion"], "universal": ["target"]}.get(kind, [])
     if lacking := [column for column in ("prompt", *needed) if column not in rows.column_names]:
         raise DataError(f"{path} has {rows.column_names}; {' and '.join(f'`{one}`' for one in lacking)} are needed.")
+    if wrong := [number for number, prompt in enumerate(rows["prompt"]) if not is_request(prompt)]:
+        raise DataError(f"{path} has rows without a request ({len(wrong)}, the first is row {wrong[0]}); fill them.")
     return list(rows.select(range(min(limit or len(rows), len(rows)))))
 
 
