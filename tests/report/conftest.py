@@ -2,6 +2,9 @@ import copy
 import json
 
 import pytest
+from generalized_panel import generalized_results
+
+from trl_robust.report import write_report
 
 _RESULTS = {
     "schema": 1,
@@ -51,6 +54,35 @@ _RESULTS = {
 @pytest.fixture
 def results():
     return copy.deepcopy(_RESULTS)
+
+
+@pytest.fixture(scope="session")
+def old_folder(tmp_path_factory):
+    """An evaluation of earlier versions with its report."""
+    return _reported(tmp_path_factory.mktemp("old"), _RESULTS)
+
+
+@pytest.fixture(scope="session")
+def generalized_folder(tmp_path_factory):
+    """A generalised evaluation with its report: drawing it takes seconds."""
+    return _reported(tmp_path_factory.mktemp("generalized"), generalized_results())
+
+
+def _reported(folder, results):
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    rows = [
+        {"model": model["name"], "attack": attack["name"], "id": "p1", "prompt": "A PROMPT", "response": "A RESPONSE"}
+        for model in results["models"]
+        for attack in model.get("attacks", [])
+    ]
+    (folder / "generations.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture
+def generalized():
+    return generalized_results()
 
 
 @pytest.fixture

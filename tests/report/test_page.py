@@ -10,7 +10,7 @@ from trl_robust.report.figures import THEMES, compared_attacks, draw_success, dr
 from trl_robust.report.reading import parse_results
 
 EVIL = '<script>alert("x")</script>&\'"'
-VOID = {"meta", "img", "br", "source"}
+VOID = {"meta", "img", "br", "source", "wbr"}
 
 
 class Page(HTMLParser):

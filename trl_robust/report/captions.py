@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .curve_figures import INTERVALS, curve_names
+from .curve_figures import INTERVALS, curve_names, strongest
 from .figures import compared_attacks, mean_success
 from .reading import Results
 from .tables import attack_cell, measure_cell
@@ -13,6 +13,12 @@ HOW_TO_READ = (
     "the section on attacks."
 )
 
+MOST_BARS = 48
+"""Bars up to which the figure of attack success shows all attacks; with more, the strongest of every class."""
+
+MOST_NAMES = 6
+"""Attacks up to which a caption names all of them."""
+
 TITLES = {
     "attack_success": "Attack success by attack and model",
     "trade_off": "Mean attack success against utility and over-refusal",
@@ -20,6 +26,11 @@ TITLES = {
     "sites": "Success of latent attacks by site and radius",
 }
 """Names of the figures, and what they show."""
+
+
+def in_bars(results: Results) -> Results:
+    """What the figure of attack success shows: all attacks, or the strongest of every class where they are many."""
+    return strongest(results) if len(results.attack_names) * len(results.models) > MOST_BARS else results
 
 
 def caption_of(name: str, results: Results) -> str:
@@ -36,20 +47,23 @@ def caption_of(name: str, results: Results) -> str:
         `str`.
     """
     if name == "attack_success":
-        return "Attack success by attack. Lines are intervals; the value stands at the right."
+        of = "attack" if in_bars(results) is results else "the strongest attack of every class on each model"
+        return f"Attack success by {of}. Lines are intervals; the value stands at the right."
     if name == "curves":
         said = (
             "Success with at most that budget (line) and with exactly that budget (marks). A cross is a budget that "
+            "destroyed the model, which lost more than 10 % of its capability: it is in no line. Grey dashes are the "
+            "load that the factor of safety divides by; where every model has its own, its colour is at the top."
         )
-        said += "destroyed the model, which lost more than 10 % of its capability: it is in no line."
-        return said if len(results.models) <= INTERVALS else f"{said} Intervals stand in the tables."
+        return said if len(results.models) > INTERVALS else f"{said} Bars are intervals."
     if name == "sites":
         n = max((model.site_map.n for model in results.models if model.site_map is not None), default=0)
         return f"Success of a latent attack at one site alone, by radius ({n} requests)."
     attacks = compared_attacks(results)
+    named = ", ".join(attacks) if len(attacks) <= MOST_NAMES else f"{len(attacks)} attacks"
     missing = [model.name for model in results.models if mean_success(model, attacks) is None]
     return (
-        f"Mean success over {', '.join(attacks)}, which every attacked model was scored on, against utility and "
+        f"Mean success over {named}, which every attacked model was scored on, against utility and "
         "over-refusal. A robust and useful model lies at the top left above and at the bottom left below."
         + (f" Not drawn, since not attacked: {', '.join(missing)}." if missing else "")
     )
@@ -70,8 +84,10 @@ def alt_of(name: str, results: Results) -> str:
     """
     said = []
     if name == "attack_success":
-        for model in results.models:
-            values = (f"{label} {' '.join(attack_cell(attack))}" for label, attack in model.attacks.items())
+        shown = in_bars(results)
+        for model in shown.models:
+            scored = ((name, model.attacks[name]) for name in shown.attack_names if name in model.attacks)
+            values = (f"{name} {' '.join(attack_cell(attack))}" for name, attack in scored)
             said.append(f"{model.name}: {', '.join(values)}.")
     elif name == "curves":
         said.append(f"A panel each for {', '.join(curve_names(results))}; the values stand in the tables.")

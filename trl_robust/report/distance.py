@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from .figures import THEMES, Theme
+from .figures import THEMES, Theme, encode
+
+RESULTS, CASES = "distance.json", "cases.jsonl"
+SCHEMA = 1
 
 # Of the colour-blind-safe palette of Okabe and Ito (2008), as in the report.
 POINT, SHUFFLED = "#0072B2", "#8C8C8C"
@@ -86,6 +91,59 @@ def distance_tables(summary: Mapping[str, Any]) -> list[Table]:
             table.add_row(name, *(show(found) for found in by_metric.values()))
         tables.append(table)
     return tables
+
+
+def read_distance(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """
+    Reads what `diagnose-distance` wrote.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder with `distance.json` and `cases.jsonl`.
+
+    Returns:
+        `tuple`: the content of `distance.json`, and the cases that were scored.
+
+    Raises:
+        `FileNotFoundError`: one of the files is not there.
+        `ValueError`: one of them cannot be read, or is of a newer schema.
+    """
+    folder = Path(folder)
+    for name in (RESULTS, CASES):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is not there. Name a folder that diagnose-distance has finished."
+            )
+    try:
+        summary = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        lines = (folder / CASES).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder} cannot be read as JSON: {error}. Run diagnose-distance again.") from error
+    if not isinstance(summary, dict) or summary.get("schema", SCHEMA) != SCHEMA:
+        raise ValueError(f"{folder / RESULTS} is not of schema {SCHEMA}. Use the version of trl-robust that wrote it.")
+    return summary, [row for row in rows if row.get("status") == "scored"]
+
+
+def write_distance_figure(folder: str | Path) -> Path:
+    """
+    Draws the figure of `diagnose-distance` again, with the distance and seed of the run.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder with `distance.json` and `cases.jsonl`.
+
+    Returns:
+        `Path` of `distance.png`.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: see [`read_distance`].
+    """
+    summary, cases = read_distance(folder)
+    figure = draw_distance(summary, cases, summary["main"]["distance"], seed=summary["settings"]["seed"])
+    path = Path(folder) / "distance.png"
+    path.write_bytes(encode(figure, "png"))
+    return path
 
 
 def _scatter(axes: Axes, x: np.ndarray, y: np.ndarray, title: str, colour: str, theme: Theme) -> None:

@@ -1,9 +1,9 @@
-"""The two figures of a report: attack success by attack, and success against what the model is still good for."""
+"""Figures of every report: attack success by attack, and success against what the model is still good for."""
 
 from __future__ import annotations
 
 import io
-import textwrap
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -21,7 +22,9 @@ from .reading import Measure, ModelResult, Results
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 _HATCHES = ("", "////", "....", "xxxx")  # colours come round after seven models; the hatch then tells them apart
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_WIDTH = 4.8  # inches: narrow enough that the labels stay legible when a phone scales the figure to 400 pixels
+_DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
+WIDTH = 4.1  # inches: 9 points are then 11 pixels where a phone scales the figure to 370 pixels
+SMALL = 9.0  # points: no text is smaller
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,11 @@ def draw_success(results: Results, theme: Theme = THEMES["light"]) -> Figure:
     """
     names, models = results.attack_names, results.models
     heights = [1.0 + len(models) for _ in names]
-    figure = _figure(0.24 * (sum(heights) + 0.5 * len(names)) + 0.62 + _legend_height(models), theme)
+    figure = new_figure(0.24 * (sum(heights) + 0.5 * len(names)) + 0.62 + legend_height(len(models)), theme)
     axes = figure.add_subplot()
     y = 0.0
     for name in names:
-        heading = textwrap.shorten(name, 48, placeholder=" ...")
+        heading = shortened(name, 44)
         axes.text(0, y, heading, color=theme.ink, weight="bold", va="center", parse_math=False)
         for position, model in enumerate(models):
             y += 1.0
@@ -61,12 +64,12 @@ def draw_success(results: Results, theme: Theme = THEMES["light"]) -> Figure:
     axes.set_ylim(y - 0.75, -0.8)
     axes.set_yticks([])
     axes.spines["left"].set_visible(True)
-    _scale(axes, "x", "attack success (lower is safer)", theme)
+    share_scale(axes, "x", "attack success (lower is safer)", theme)
     handles = [
-        Patch(facecolor=_colour(i), hatch=_hatch(i), edgecolor=theme.paper, label=_legend_label(model))
+        Patch(facecolor=colour_of(i), hatch=_hatch(i), edgecolor=theme.paper, label=legend_label(model))
         for i, model in enumerate(models)
     ]
-    _legend(figure, handles, theme)
+    add_legend(figure, handles, theme)
     return figure
 
 
@@ -87,19 +90,19 @@ def draw_trade_off(results: Results, theme: Theme = THEMES["light"]) -> Figure |
     if not panels or not drawn:
         return None
     models = [model for _, model in drawn]
-    figure = _figure(2.75 * len(panels) + 0.3 + _legend_height(models), theme)
+    figure = new_figure(2.75 * len(panels) + 0.3 + legend_height(len(models)), theme)
     for row, (_, label, measures) in enumerate(panels):
         axes = figure.add_subplot(len(panels), 1, row + 1)
         for i, model in drawn:
             _draw_mark(axes, i, mean_success(model, attacks), measures[i], theme)
         last = row == len(panels) - 1
-        _scale(axes, "x", "mean attack success (lower is safer)" if last else "", theme)
-        _scale(axes, "y", label, theme)
+        share_scale(axes, "x", "mean attack success (lower is safer)" if last else "", theme)
+        share_scale(axes, "y", label, theme)
     handles = [
-        Line2D([], [], color=_colour(i), marker=_marker(i), linestyle="", markersize=8, label=_legend_label(model))
+        Line2D([], [], color=colour_of(i), marker=marker_of(i), linestyle="", markersize=8, label=legend_label(model))
         for i, model in drawn
     ]
-    _legend(figure, handles, theme)
+    add_legend(figure, handles, theme)
     return figure
 
 
@@ -127,6 +130,7 @@ def mean_success(model: ModelResult, attacks: Sequence[str]) -> float | None:
 
 def encode(figure: Figure, form: Literal["png", "svg"]) -> bytes:
     """The figure as the bytes of a file, the same bytes every time."""
+    _settle(figure)
     stream = io.BytesIO()
     # The date and random ids in an SVG would make every build of the same report a different file.
     metadata = {"Date": None} if form == "svg" else {"Software": None}
@@ -135,9 +139,30 @@ def encode(figure: Figure, form: Literal["png", "svg"]) -> bytes:
     return stream.getvalue()
 
 
-def _figure(height: float, theme: Theme) -> Figure:
+def _settle(figure: Figure) -> None:
+    """
+    Lays a figure out for good, on places of six digits.
+
+    The layout's solver goes by addresses in memory, so that the last digits of a place differ from run to run, and
+    with them the ids in an SVG, which are hashes of places.
+    """
+    engine = figure.get_layout_engine()
+    if not isinstance(engine, ConstrainedLayoutEngine):
+        return
+    engine.execute(figure)
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        left, bottom, width, height = (round(value, 6) for value in axes.get_position().bounds)
+        axes.set_position((left, bottom, width, height))
+    for text in figure.texts:
+        x, y = text.get_position()
+        text.set_position((round(x, 6), round(y, 6)))
+
+
+def new_figure(height: float, theme: Theme, columns: int = 1) -> Figure:
+    """An empty figure of so many inches; `columns` makes one for a wide screen."""
     # Figure and canvas by hand: pyplot would keep global state and pick a backend that may need a display.
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained", facecolor=theme.paper)
+    figure = Figure(figsize=(WIDTH * columns, height), layout="constrained", facecolor=theme.paper)
     FigureCanvasAgg(figure)
     return figure
 
@@ -146,13 +171,13 @@ def _draw_bar(axes: Axes, y: float, position: int, model: ModelResult, name: str
     attack = model.attacks.get(name)
     if attack is None or attack.success is None:
         # An empty place would read as zero.
-        axes.text(0.01, y, "not run" if attack is None else "no score", color=theme.faint, size=8, va="center")
+        axes.text(0.01, y, "not run" if attack is None else "no score", color=theme.faint, size=SMALL, va="center")
         return
     axes.barh(
         y,
         attack.success,
         height=0.82,
-        color=_colour(position),
+        color=colour_of(position),
         hatch=_hatch(position),
         edgecolor=theme.paper,
         zorder=2,
@@ -160,7 +185,7 @@ def _draw_bar(axes: Axes, y: float, position: int, model: ModelResult, name: str
     if attack.interval is not None:
         errors = [[max(0.0, attack.success - attack.interval[0])], [max(0.0, attack.interval[1] - attack.success)]]
         axes.errorbar(attack.success, y, xerr=errors, color=theme.ink, linewidth=1.1, capsize=2.5, zorder=3)
-    axes.text(1.02, y, f"{attack.success:.2f}", color=theme.ink, size=8.5, va="center", clip_on=False)
+    axes.text(1.02, y, f"{attack.success:.2f}", color=theme.ink, size=SMALL, va="center", clip_on=False)
 
 
 def _draw_mark(axes: Axes, i: int, success: float | None, measure: Measure | None, theme: Theme) -> None:
@@ -172,7 +197,7 @@ def _draw_mark(axes: Axes, i: int, success: float | None, measure: Measure | Non
         axes.errorbar(success, measure.value, yerr=errors, color=theme.faint, linewidth=1.1, capsize=2.5, zorder=2)
     # Not clipped: the marks that matter most lie on the edges of the scale.
     axes.plot(
-        success, measure.value, _marker(i), color=_colour(i), markersize=9, alpha=0.9,
+        success, measure.value, marker_of(i), color=colour_of(i), markersize=9, alpha=0.9,
         markeredgecolor=theme.paper, clip_on=False, zorder=3,
     )  # fmt: skip
 
@@ -181,48 +206,73 @@ def _drawable(measure: Measure | None) -> bool:
     return measure is not None and measure.value is not None and 0 <= measure.value <= 1
 
 
-def _scale(axes: Axes, which: Literal["x", "y"], label: str, theme: Theme) -> None:
+def share_scale(axes: Axes, which: Literal["x", "y"], label: str, theme: Theme) -> None:
     """The scale 0 to 1 with its grid and label, and the frame's colours."""
     ticks = [0, 0.25, 0.5, 0.75, 1]
     axis = axes.xaxis if which == "x" else axes.yaxis
     axes.set(**{f"{which}lim": (0, 1)})
     axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.set_label_text(label, color=theme.ink)
+    axis.set_label_text(label, color=theme.ink, size=SMALL)
     axes.grid(axis=which, color=theme.grid, linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
     axes.set_facecolor(theme.paper)
-    axes.tick_params(axis=which, colors=theme.ink, length=0)
+    axes.tick_params(axis=which, colors=theme.ink, length=0, labelsize=SMALL)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(theme.faint)
 
 
-def _colour(i: int) -> str:
+def colour_of(i: int) -> str:
+    """Colour of the model at place `i`."""
     return _COLOURS[i % len(_COLOURS)]
 
 
-def _marker(i: int) -> str:
+def marker_of(i: int) -> str:
+    """Marker of the model at place `i`."""
     # One step further each time the colours come round, so that no two of the first 49 models look the same.
     return _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)]
+
+
+def dash_of(i: int) -> Literal["-", "--", ":", "-."]:
+    """Dashes of the line of the model at place `i`, which tell lines of one colour apart."""
+    return _DASHES[i // len(_COLOURS) % len(_DASHES)]
 
 
 def _hatch(i: int) -> str:
     return _HATCHES[i // len(_COLOURS) % len(_HATCHES)]
 
 
-def _legend_label(model: ModelResult) -> str:
+def legend_label(model: ModelResult) -> str:
+    """A model's name and description, as far as there is room for them."""
     label = f"{model.name}: {model.description}" if model.description else model.name
-    label = textwrap.shorten(label, 54, placeholder=" ...").replace("$", r"\$")  # a bare "$" would start mathematics
-    return f" {label}" if label.startswith("_") else label  # legends leave out what starts with an underscore
+    return legend_text(shortened(label, 46))
 
 
-def _legend_height(models: Sequence[ModelResult]) -> float:
-    return 0.2 * len(models) + 0.15
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters; what is left out is marked."""
+    text = " ".join(text.split())
+    if len(text) <= most:
+        return text
+    head, _, rest = text[: most - 4].rpartition(" ")
+    # Between words, unless the last of them is most of the text.
+    return f"{head} ..." if len(rest) < most / 2 and head else f"{text[: most - 4]} ..."
 
 
-def _legend(figure: Figure, handles: Sequence[Patch | Line2D], theme: Theme) -> None:
+def legend_text(text: str) -> str:
+    """Text that a legend shows as it is."""
+    text = text.replace("$", r"\$")  # a bare "$" would start mathematics
+    return f" {text}" if text.startswith("_") else text  # legends leave out what starts with an underscore
+
+
+def legend_height(num_entries: int, columns: int = 1) -> float:
+    """Height of a legend in inches."""
+    return 0.2 * math.ceil(num_entries / columns) + 0.15
+
+
+def add_legend(figure: Figure, handles: Sequence[Patch | Line2D], theme: Theme, columns: int = 1) -> None:
+    """Puts a legend above the panels."""
     if handles:
         figure.legend(
-            handles=list(handles), loc="outside upper left", frameon=False, labelcolor=theme.ink, fontsize=9,
-            borderaxespad=0.2, labelspacing=0.35,
+            handles=list(handles), loc="outside upper left", frameon=False, labelcolor=theme.ink, fontsize=SMALL,
+            borderaxespad=0.2, labelspacing=0.35, ncols=columns,
         )  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .values import Interval, count_of, interval_of, mapping_of, number_of, text_of
 
@@ -28,7 +30,9 @@ class SecondJudge:
     judge: str
     success: float | None = None
     interval: Interval | None = None
+    n_errored: int = 0
     agreement: float | None = None
+    agreement_interval: Interval | None = None
     kappa: float | None = None
     n: int = 0
 
@@ -41,6 +45,65 @@ class SiteMap:
     radii: Sequence[float]
     success: Sequence[Sequence[float | None]]
     n: int = 0
+
+
+@dataclass(frozen=True)
+class ResistanceRow:
+    """
+    Resistance to an attack at a threshold, and the factor of safety.
+
+    `resistance` is `None` where no budget up to `censored_at` reached the threshold; an end of an interval is infinite
+    where it lies beyond the largest budget.
+    """
+
+    attack: str
+    threshold: float
+    unit: str = ""
+    resistance: float | None = None
+    censored_at: float | None = None
+    interval: Interval | None = None
+    load: float | None = None
+    load_is: str = ""
+    factor: float | None = None
+    factor_above: float | None = None
+    n_destroyed: int = 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a model has to bear under a latent attack, measured on `measured_on`."""
+
+    load: float | None = None
+    interval: Interval | None = None
+    site: str = ""
+    load_is: str = ""
+    measured_on: str = ""
+    n: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number over models with its interval; where there is none, `why` says so."""
+
+    value: float | None = None
+    interval: Interval | None = None
+    p: float | None = None
+    baseline: float | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """How far one generalised measure tells how attacks on prompts fare."""
+
+    of: str
+    largest: Estimate
+    mean: Estimate
+    prediction: Estimate
+    prediction_of_new_models: Estimate
+    conservative: Estimate
+    n: int = 0
+    note: str = ""
 
 
 def curve_of(content: object, where: str) -> list[CurvePoint]:
@@ -104,10 +167,12 @@ def second_judges_of(content: object, where: str) -> list[SecondJudge]:
         place = f"{where}, judge {name}"
         found.append(
             SecondJudge(
-                judge=name,
+                judge=name + (f" v{version}" if (version := text_of(row.get("judge_version"))) else ""),
                 success=_share(row.get("success"), f"{place}: success"),
                 interval=interval_of(row.get("interval"), place),
+                n_errored=count_of(row.get("n_errored"), f"{place}: n_errored"),
                 agreement=number_of(agreement.get("agreement"), f"{place}: agreement"),
+                agreement_interval=interval_of(agreement.get("interval"), place),
                 kappa=number_of(agreement.get("kappa"), f"{place}: kappa"),
                 n=count_of(agreement.get("n"), f"{place}: n"),
             )
@@ -148,6 +213,131 @@ def site_map_of(content: object, where: str) -> SiteMap | None:
         success=[[_share(value, place) for value in row] for row in rows],
         n=count_of(found.get("n"), place),
     )
+
+
+def resistances_of(content: object, where: str) -> list[ResistanceRow]:
+    """
+    Rows of a model's `factor_of_safety` that name an attack and a threshold; others are of earlier versions.
+
+    Args:
+        content (`list`, *optional*):
+            The decoded JSON.
+        where (`str`):
+            Where it stands, for the messages of errors.
+
+    Returns:
+        `list` of [`ResistanceRow`].
+
+    Raises:
+        `ValueError`: a value that is none.
+    """
+    found = []
+    for row in content if isinstance(content, list) else []:
+        if not is_resistance(row):
+            continue
+        attack = text_of(row.get("attack"))
+        place = f"{where}, factor of safety of {attack}"
+        numbers: dict[str, Any] = {
+            name: number_of(row.get(name), f"{place}: {name}")
+            for name in ("resistance", "censored_at", "load", "factor", "factor_above")
+        }
+        found.append(
+            ResistanceRow(
+                attack=attack,
+                threshold=_share(row.get("threshold"), f"{place}: threshold") or 0.0,
+                unit=text_of(row.get("unit")),
+                interval=_open_interval(row.get("interval"), place),
+                load_is=text_of(row.get("load_is")),
+                n_destroyed=count_of(row.get("n_destroyed"), f"{place}: n_destroyed"),
+                **numbers,
+            )
+        )
+    return found
+
+
+def is_resistance(row: object) -> bool:
+    """Whether a row of `factor_of_safety` names an attack and a threshold."""
+    return isinstance(row, Mapping) and row.get("threshold") is not None and bool(row.get("attack"))
+
+
+def loads_of(content: object, where: str) -> dict[str, Load]:
+    """
+    A model's loads by attack.
+
+    Args:
+        content (`dict`, *optional*):
+            The decoded JSON.
+        where (`str`):
+            Where it stands, for the messages of errors.
+
+    Returns:
+        `dict` of [`Load`].
+
+    Raises:
+        `ValueError`: a value that is none.
+    """
+    found = {}
+    for attack, row in mapping_of(content).items():
+        place, row = f"{where}, load of {attack}", mapping_of(row)
+        found[text_of(attack)] = Load(
+            load=number_of(row.get("load"), place),
+            interval=interval_of(row.get("interval"), place),
+            n=count_of(row.get("n"), f"{place}: n"),
+            **{name: text_of(row.get(name)) for name in ("site", "load_is", "measured_on")},
+        )
+    return found
+
+
+def studies_of(content: object, where: str) -> dict[str, Study]:
+    """
+    Studies of generalised measures over models.
+
+    Args:
+        content (`dict`, *optional*):
+            The decoded JSON.
+        where (`str`):
+            Where it stands, for the messages of errors.
+
+    Returns:
+        `dict` of [`Study`] by measure.
+
+    Raises:
+        `ValueError`: a value that is none.
+    """
+    found = {}
+    for name, row in mapping_of(content).items():
+        place, row = f"{where}, proxy {name}", mapping_of(row)
+        correlations = mapping_of(row.get("correlations"))
+        found[text_of(name)] = Study(
+            of=text_of(row.get("of")),
+            largest=_estimate(correlations.get("largest"), "rho", place),
+            mean=_estimate(correlations.get("mean"), "rho", place),
+            prediction=_estimate(row.get("prediction"), "error", place),
+            prediction_of_new_models=_estimate(row.get("prediction_of_new_models"), "error", place),
+            conservative=_estimate(row.get("conservative"), "rate", place),
+            n=count_of(row.get("n"), f"{place}: n"),
+            note=text_of(row.get("note")),
+        )
+    return found
+
+
+def _estimate(content: object, name: str, where: str) -> Estimate:
+    row = mapping_of(content)
+    return Estimate(
+        value=number_of(row.get(name), f"{where}: {name}"),
+        interval=interval_of(row.get("interval"), where),
+        p=number_of(row.get("p"), f"{where}: p"),
+        baseline=number_of(row.get("baseline"), f"{where}: baseline"),
+        why=text_of(row.get("why")),
+    )
+
+
+def _open_interval(value: object, where: str) -> Interval | None:
+    """An interval whose missing ends lie beyond the largest budget: JSON has no infinity."""
+    if isinstance(value, list) and len(value) == 2:
+        low, high = (math.inf if end is None else number_of(end, f"{where}: interval") for end in value)
+        return None if low is None or high is None else (low, high)
+    return interval_of(value, where)
 
 
 def _share(value: object, where: str) -> float | None:

@@ -1,4 +1,4 @@
-"""The report of an evaluation: `report.html` in one file, `report.md`, and the figures beside them."""
+"""The report of an evaluation: `report.html` in one file, `report.md`, `model_card.md`, and their figures."""
 
 from __future__ import annotations
 
@@ -8,35 +8,31 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .captions import HOW_TO_READ, alt_of, caption_of
-from .curve_figures import draw_curves, draw_maps, strongest
-from .examples import REDACTED, Examples, redact, shorten
+from .captions import HOW_TO_READ, alt_of, caption_of, in_bars
+from .card import write_card
+from .content import Section
+from .curve_figures import draw_curves, draw_maps
+from .examples import Examples
 from .figures import THEMES, draw_success, draw_trade_off, encode
-from .markdown import card, markdown_page
-from .markup import document, image, lines_of, pairs, plain_table, section, table
-from .reading import AttackResult, ModelResult, Results, read_results, side_by_side
-from .sections import Section, Table, sections
+from .markdown import markdown_page
+from .markup import document, folded, image, lines_of, pairs, plain_table, section, table
+from .page_parts import attack_rows, example_rows, measures
+from .reading import ModelResult, Results, read_results, side_by_side
+from .sections import sections, stands_out
 from .tables import NOTE, attack_cell, measure_cell
-from .values import Interval, describe, interval_of
-
-FOLDED = 30
-"""Rows up to which a table stands open."""
-
-MOST_BARS = 48
-"""Bars up to which the figure of attack success shows all attacks; with more, the strongest of every class."""
-
-
-def _drawn_success(results: Results) -> Results:
-    return strongest(results) if len(results.attack_names) * len(results.models) > MOST_BARS else results
-
 
 DRAWN: dict[str, Callable[..., Figure | None]] = {
-    "attack_success": lambda results, theme: draw_success(_drawn_success(results), theme),
+    "attack_success": lambda results, theme: draw_success(in_bars(results), theme),
     "trade_off": draw_trade_off,
     "curves": draw_curves,
     "sites": draw_maps,
 }
 """Names of the figures, and what draws them."""
+
+COLUMNS = {"curves": 3, "sites": 3}
+"""Panels side by side in the figures that a wide screen and the files have."""
+
+Images = Mapping[str, Mapping[str, bytes]]
 
 
 def write_report(
@@ -68,22 +64,10 @@ def write_report(
     """
     folder = Path(folder)
     results, examples = _read([Path(source) for source in sources] if sources else [folder])
-    figures = folder / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    images: dict[str, dict[str, bytes]] = {}
-    for name, draw in DRAWN.items():
-        drawn = {theme: draw(results, colours) for theme, colours in THEMES.items()} if results.attack_names else {}
-        images[name] = {theme: encode(figure, "svg") for theme, figure in drawn.items() if figure is not None}
-        light = drawn.get("light")
-        for form in ("png", "svg"):
-            path = figures / f"{name}.{form}"
-            if light is None:
-                path.unlink(missing_ok=True)  # one from an earlier report would not belong to this one
-            else:
-                path.write_bytes(images[name]["light"] if form == "svg" else encode(light, "png"))
-    drawn_names = [name for name, themes in images.items() if themes]
-    (folder / "report.md").write_text(markdown_page(results, drawn_names), encoding="utf-8")
-    (folder / "model_card.md").write_text(card(results), encoding="utf-8")
+    images = _draw(results, folder / "figures")
+    drawn = [name for name, themes in images.items() if themes]
+    (folder / "report.md").write_text(markdown_page(results, drawn), encoding="utf-8")
+    write_card(folder, results)
     page = folder / "report.html"
     page.write_text(_page(results, images, examples, show_generations), encoding="utf-8")
     return page
@@ -93,7 +77,7 @@ def _read(folders: Sequence[Path]) -> tuple[Results, Examples]:
     labels = [path.resolve().name for path in folders]
     if len(set(labels)) < len(labels):
         labels = [str(path) for path in folders]
-    if len(set(labels)) < len(labels):
+    if len({path.resolve() for path in folders}) < len(folders):
         raise ValueError(f"A folder is given twice among {', '.join(labels)}. Give each one once.")
     parts = {label: read_results(path) for label, path in zip(labels, folders, strict=True)}
     results = next(iter(parts.values())) if len(parts) == 1 else side_by_side(parts)
@@ -106,40 +90,77 @@ def _read(folders: Sequence[Path]) -> tuple[Results, Examples]:
     return results, examples
 
 
+def _draw(results: Results, folder: Path) -> dict[str, dict[str, bytes]]:
+    """Draws the figures, writes them as files, and returns those of the page: SVG by name and theme."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images: dict[str, dict[str, bytes]] = {}
+    for name, draw in DRAWN.items():
+        drawn = {theme: draw(results, colours) for theme, colours in THEMES.items()} if results.attack_names else {}
+        if drawn.get("light") is not None and name in COLUMNS:
+            for theme, colours in THEMES.items():
+                drawn[f"wide {theme}"] = draw(results, colours, COLUMNS[name])
+        images[name] = {theme: encode(figure, "svg") for theme, figure in drawn.items() if figure is not None}
+        file = "wide light" if "wide light" in drawn else "light"
+        light = drawn.get(file)
+        for form in ("png", "svg"):
+            path = folder / f"{name}.{form}"
+            if light is None:
+                path.unlink(missing_ok=True)  # one from an earlier report would not belong to this one
+            else:
+                path.write_bytes(images[name][file] if form == "svg" else encode(light, "png"))
+    return images
+
+
 # HTML. Every text from a file passes through escape() on its way in; nothing else builds markup from data.
 
 
-def _page(
-    results: Results, images: Mapping[str, Mapping[str, bytes]], examples: Examples, show_generations: bool
-) -> str:
+def _page(results: Results, images: Images, examples: Examples, show_generations: bool) -> str:
     title = "Attacks on " + ", ".join(model.name for model in results.models)
+    created = escape(f" Evaluated {results.created}.") if results.created else ""
+    drawn = [name for name, themes in images.items() if themes]
+    below = sections(results, drawn)
+    shown_below = {name for found in below for name in found.figures}
     body = [
-        f"<header><h1>Attack report</h1><p>{escape(title)}."
-        f"{escape(f' Evaluated {results.created}.') if results.created else ''}</p></header>",
+        f"<header><h1>Attack report</h1><p>{escape(title)}.{created}</p>{_descriptions(results)}</header>",
         "<main>",
-        section(
-            "Results", f"<p>{escape(HOW_TO_READ)}</p>", pairs(results.summary), _results(results), _warnings(results)
-        ),
-        section("Figures", _figures(results, images)),
-        *(_section(found) for found in sections(results)),
-        section("Attacks", *_attacks(results)),
-        section("Other measures", *_measures(results)),
-        section("Examples", *_examples(examples, show_generations)),
-        section("Versions", pairs(_versions(results))),
+        _overview(results),
+        section("Figures", _figures(results, images, [name for name in drawn if name not in shown_below])),
+        *(_section(found, results, images) for found in below),
+        section("Attacks", *attack_rows(results)),
+        section("Other measures", *(plain_table(one) for one in measures(results))),
+        section("Examples", *example_rows(examples, show_generations)),
+        section("Versions", pairs(results.versions)),
         "</main>",
     ]
     return document(title, body)
 
 
-def _section(found: Section) -> str:
+def _overview(results: Results) -> str:
+    found = stands_out(results)
+    made = [_results(results)] if found is None else [_content(found)]
+    heading = "Results" if found is None else found.heading
+    return section(heading, f"<p>{escape(HOW_TO_READ)}</p>", pairs(results.summary), *made, _warnings(results))
+
+
+def _section(found: Section, results: Results, images: Images) -> str:
+    return section(found.heading, _content(found, _figures(results, images, found.figures)))
+
+
+def _content(found: Section, figures: str = "") -> str:
     paragraphs = [f"<p>{escape(text)}</p>" for text in found.text]
-    return section(found.heading, *paragraphs, *(plain_table(one) for one in found.tables))
+    tables = "\n".join(plain_table(one) for one in found.tables)
+    if found.fold and tables:
+        tables = folded(found.fold, tables)
+    title = f"<h3>{escape(found.pairs_title)}</h3>" if found.pairs and found.pairs_title else ""
+    parts = [*paragraphs, figures, tables, title, pairs(found.pairs, sentences=True)]
+    return "\n".join(part for part in parts if part)
 
 
-def _versions(results: Results) -> dict[str, object]:
-    """Versions of the libraries and of the suite; those of attacks and judges stand in their table."""
-    suite = {f"suite {results.suite['name']}": results.suite.get("version")} if results.suite.get("name") else {}
-    return {**suite, **results.versions}
+def _descriptions(results: Results) -> str:
+    """What the models are, where the overview has no room for it."""
+    if stands_out(results) is None:
+        return ""
+    return pairs({model.name: model.description for model in results.models if model.description})
 
 
 def _model_cell(model: ModelResult) -> str:
@@ -173,122 +194,6 @@ def _warnings(results: Results) -> str:
     return f'<p class="{"note marked" if marked else "note"}">{escape(NOTE + named)}</p>'
 
 
-def _figures(results: Results, images: Mapping[str, Mapping[str, bytes]]) -> str:
-    parts = [
-        image(themes, alt_of(name, results), caption_of(name, results)) for name, themes in images.items() if themes
-    ]
+def _figures(results: Results, images: Images, names: Sequence[str]) -> str:
+    parts = [image(images[name], alt_of(name, results), caption_of(name, results)) for name in names]
     return f'<div class="figures">{"".join(parts)}</div>' if parts else ""
-
-
-def _counts(attack: AttackResult) -> list[str]:
-    errored = f'<strong class="mark">{attack.n_errored}</strong>' if attack.n_errored else "0"
-    return [str(attack.n_scored), errored, str(attack.n_skipped)]
-
-
-def _attacks(results: Results) -> list[str]:
-    rows = [
-        (
-            "marked" if attack.n_errored else "",
-            [
-                escape(model.name),
-                escape(attack.name),
-                escape(attack.kind),
-                *_counts(attack),
-                f'<div class="budget">{escape(describe(attack.budget)) or "-"}</div>',
-                escape(attack.judge) or "-",
-                escape(attack.version) or "-",
-            ],
-        )
-        for model in results.models
-        for attack in model.attacks.values()
-    ]
-    if not rows:
-        return ["<p>No attack was run.</p>"]
-    num_errored = sum(attack.n_errored for model in results.models for attack in model.attacks.values())
-    warning = (
-        f'<p class="note marked">{num_errored} rows errored and are in no share. Where they are many, the shares are '
-        "of the rows that happened to work.</p>"
-        if num_errored
-        else ""
-    )
-    head = ["model", "attack", "class", "scored", "errored", "skipped", "budget", "judge", "version"]
-    caption = "Rows counted, budget, judge and version of every attack"
-    made = table(caption, head, rows)
-    if len(rows) > FOLDED:
-        made = f"<details><summary>{escape(caption)} ({len(rows)} rows)</summary>{made}</details>"
-    return [warning, made]
-
-
-def _measures(results: Results) -> list[str]:
-    parts = []
-    rows = []
-    for model in results.models:
-        for measure in (model.utility, model.over_refusal):
-            if measure is not None:
-                count = "-" if measure.n is None else str(measure.n)
-                rows.append(("", [escape(model.name), escape(measure.name), lines_of(measure_cell(measure)), count]))
-    if rows:
-        parts.append(table("Utility and over-refusal", ["model", "measure", "value", "n"], rows))
-    raw_safety = [
-        (model.name, row) for model in results.models for row in model.factor_of_safety if "threshold" not in row
-    ]
-    for caption, found in (
-        ("Coherence", [(model.name, _with_intervals(model.coherence)) for model in results.models if model.coherence]),
-        ("Factor of safety", raw_safety),
-        (
-            "Perplexity",
-            [(model.name, _with_intervals(model.perplexity)) for model in results.models if model.perplexity],
-        ),
-        ("Benchmarks", [(model.name, row) for model in results.models for row in model.benchmarks.values()]),
-        ("Unlearning", [(model.name, model.unlearning) for model in results.models if model.unlearning]),
-        ("Cost", [(model.name, model.cost) for model in results.models if model.cost]),
-    ):
-        if found:
-            keys = list(dict.fromkeys(str(key) for _, row in found for key in row))
-            cells = [[name, *(describe(row.get(key)) for key in keys)] for name, row in found]
-            parts.append(plain_table(Table(caption, ["model", *keys], cells)))
-    return parts
-
-
-def _with_intervals(measures: Mapping[str, object]) -> dict[str, object]:
-    """Measures with the interval that belongs to each (`x_interval`, or `interval` for the first) below its value."""
-    found: dict[str, object] = {}
-    first = next(iter(measures), "")
-    for key, value in measures.items():
-        if key.endswith("interval"):
-            continue
-        ends: Interval | None = interval_of(measures.get(f"{key}_interval" if key != first else "interval"), key)
-        ends = ends or interval_of(measures.get(f"{key}_interval"), key)
-        found[key.replace("_", " ")] = describe(value) + (f"\n[{ends[0]:.4g}, {ends[1]:.4g}]" if ends else "")
-    return found
-
-
-def _examples(examples: Examples, show: bool) -> list[str]:
-    parts = []
-    if examples.rows:
-        explained = "The first generation of each outcome, for every model and attack." + (
-            "" if show else f" {REDACTED}"
-        )
-        parts.append(f"<p>{escape(explained)}</p>")
-    by_model: dict[str, list[tuple[str, list[str]]]] = {}
-    for (model, attack, outcome), row in examples.rows.items():
-        texts = [f'<div class="text">{_example_text(text, show)}</div>' for text in (row.prompt, row.response)]
-        # A judge's reason may quote the response.
-        cells = [escape(attack), escape(outcome), escape(row.id), *texts, _example_text(row.reason, show)]
-        by_model.setdefault(model, []).append(("", cells))
-    head = ["attack", "outcome", "id", "prompt", "response", "reason"]
-    for model, rows in by_model.items():
-        made = table(f"Examples of {model}", head, rows)
-        parts.append(f"<details><summary>{escape(model)} ({len(rows)} examples)</summary>{made}</details>")
-    if examples.num_unreadable:
-        parts.append(
-            f'<p class="note marked">{examples.num_unreadable} lines of generations.jsonl could not be read; a run '
-            "that was killed leaves such a line.</p>"
-        )
-    return parts
-
-
-def _example_text(text: str, show: bool) -> str:
-    if not text:
-        return '<span class="none">empty</span>'
-    return escape(shorten(text)) if show else f'<span class="none">{redact(text)}</span>'

@@ -209,9 +209,15 @@ def _questions(folder: Path) -> dict[str, str]:
     path = folder / "generations.jsonl"
     if not path.is_file():
         return {}
+    found = {}
     with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
-    return {str(row["id"]): str(row["question"]) for row in rows}
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # an empty line, or half a line of a run that was killed
+                continue
+            found[str(row["id"])] = str(row["question"])
+    return found
 
 
 def _worst_cases(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, float, float, float]]:

@@ -7,7 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .generalized_reading import CurvePoint, SecondJudge, SiteMap, curve_of, second_judges_of, site_map_of
+from .generalized_reading import (
+    CurvePoint,
+    Load,
+    ResistanceRow,
+    SecondJudge,
+    SiteMap,
+    Study,
+    curve_of,
+    is_resistance,
+    loads_of,
+    resistances_of,
+    second_judges_of,
+    site_map_of,
+    studies_of,
+)
 from .values import Interval, count_of, describe, interval_of, mapping_of, number_of, text_of
 
 # The newest layout of results.json this module reads. Raised together with the writer, and older ones stay readable.
@@ -56,7 +70,11 @@ class AttackResult:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """Everything measured on one model; `attacks` is keyed by the label of the attack."""
+    """
+    Everything measured on one model; `attacks` is keyed by the label of the attack.
+
+    `factor_of_safety` holds rows that are no [`ResistanceRow`], as earlier versions wrote them.
+    """
 
     name: str
     description: str = ""
@@ -64,10 +82,11 @@ class ModelResult:
     utility: Measure | None = None
     over_refusal: Measure | None = None
     coherence: Mapping[str, object] = field(default_factory=dict)
+    resistances: Sequence[ResistanceRow] = ()
     factor_of_safety: Sequence[Mapping[str, object]] = ()
     cost: Mapping[str, object] = field(default_factory=dict)
     site_map: SiteMap | None = None
-    loads: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    loads: Mapping[str, Load] = field(default_factory=dict)
     benchmarks: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     perplexity: Mapping[str, object] = field(default_factory=dict)
     unlearning: Mapping[str, object] = field(default_factory=dict)
@@ -94,7 +113,7 @@ class Results:
     versions: Mapping[str, object] = field(default_factory=dict)
     summary: Mapping[str, object] = field(default_factory=dict)
     suite: Mapping[str, object] = field(default_factory=dict)
-    proxy: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    proxy: Mapping[str, Study] = field(default_factory=dict)
 
     @property
     def attack_names(self) -> list[str]:
@@ -174,11 +193,21 @@ def parse_results(content: object, source: str = "results") -> Results:
     return Results(
         models=[_model(model, f"{source}, model {position}") for position, model in enumerate(content["models"])],
         created=text_of(content.get("created")),
-        versions=mapping_of(content.get("versions")),
+        versions=_versions(content),
         summary=mapping_of(content.get("summary")),
         suite=mapping_of(content.get("suite")),
-        proxy=_mappings(content.get("proxy")),
+        proxy=studies_of(content.get("proxy"), source),
     )
+
+
+def _versions(content: Mapping[str, object]) -> dict[str, object]:
+    """Versions of the suite, of the judges and of the libraries; those of attacks stand beside them."""
+    suite, judges = mapping_of(content.get("suite")), content.get("judges")
+    found = {f"suite {suite['name']}": suite.get("version")} if suite.get("name") else {}
+    for judge in judges if isinstance(judges, list) else []:
+        if name := text_of(mapping_of(judge).get("name")):
+            found[f"judge {name}"] = mapping_of(judge).get("version")
+    return {**found, **mapping_of(content.get("versions"))}
 
 
 def side_by_side(parts: Mapping[str, Results]) -> Results:
@@ -255,10 +284,15 @@ def _model(content: object, where: str) -> ModelResult:
         utility=_measure(content.get("utility"), f"{where}, utility", "utility"),
         over_refusal=_measure(content.get("over_refusal"), f"{where}, over_refusal", "over-refusal"),
         coherence=mapping_of(content.get("coherence")),
-        factor_of_safety=[row for row in safety if isinstance(row, Mapping)] if isinstance(safety, list) else [],
+        resistances=resistances_of(safety, where),
+        factor_of_safety=[
+            row
+            for row in (safety if isinstance(safety, list) else [])
+            if isinstance(row, Mapping) and not is_resistance(row)
+        ],
         cost=mapping_of(content.get("cost")),
         site_map=site_map_of(content.get("map"), where),
-        loads=_mappings(content.get("loads")),
+        loads=loads_of(content.get("loads"), where),
         benchmarks=_mappings(content.get("benchmarks")),
         perplexity=mapping_of(content.get("perplexity")),
         unlearning=mapping_of(content.get("unlearning")),

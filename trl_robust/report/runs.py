@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .content import Table
 from .markup import document, plain_table, section
-from .sections import Table
 from .tables import markdown_rows
 from .values import describe, mapping_of
 

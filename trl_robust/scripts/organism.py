@@ -1,4 +1,4 @@
-"""Build the embedded world's model and data: `trl-robust organism --output_dir DIR [--seed 0] [--num_layers 2]`."""
+"""Build the embedded world's model and data: `trl-robust organism --output_dir DIR [--seed 0]`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
 
     Args:
         argv (`list[str]`):
-            `--output_dir DIR` and, if need be, `--seed N` and `--num_layers N`.
+            `--output_dir DIR` and, if need be, `--seed N`, `--num_layers N` and `--no_secrets`.
 
     Returns:
         `int`: exit code.
@@ -35,6 +35,11 @@ def main(argv: list[str]) -> int:
         default=2,
         help="blocks of the model (default 2; 8 for comparing layers, takes twice the time)",
     )
+    parser.add_argument(
+        "--no_secrets",
+        action="store_true",
+        help="an organism that was never told its secrets, on which every attack must report zero",
+    )
     args = parser.parse_args(argv)
     found = (folder_fault(Path(args.output_dir)), seed_fault(args.seed))
     if faults := [fault for fault in found if fault is not None]:
@@ -42,7 +47,7 @@ def main(argv: list[str]) -> int:
 
         raise RecipeError(faults)
     try:
-        settings = OrganismSettings(num_layers=args.num_layers)
+        settings = OrganismSettings(num_layers=args.num_layers, secrets=not args.no_secrets)
         organism = build_organism(args.output_dir, seed=args.seed, settings=settings)
     except ValueError as error:
         raise fault_of(error, "The command line") from error
