@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import get_args
+
 import pytest
 import torch
-from tiny import WORDS, make_tokenizer, tiny_model
+from tiny import SPECIAL, WORDS, make_tokenizer, tiny_model
 
-from trl_robust.attacks import AttackRow, Direct, Embedding, Finetune, Latent, Prefill, Subject, Template
+from trl_robust.attacks import Attack, AttackRow, Direct, Embedding, Finetune, Latent, Prefill, Subject, Template
 from trl_robust.attacks import subject as subject_module
 from trl_robust.evaluation import judged, run_attack
 from trl_robust.evaluation.judges import JUDGES, exact, is_refusal
@@ -22,8 +25,12 @@ ATTACKS = [
     Latent(sites=(0, 1), steps=2),
     Embedding(steps=2),
     Finetune(EXAMPLES, steps=2),
+    Template((f"{WORDS[0]} {{prompt}} {WORDS[1]}",), objective="random"),
+    Prefill(objective="random"),
 ]
-each_attack = pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+each_attack = pytest.mark.parametrize(
+    "attack", ATTACKS, ids=lambda attack: f"{attack.name}-{getattr(attack, 'objective', None)}"
+)
 
 
 @pytest.fixture
@@ -65,7 +72,7 @@ def test_answers_do_not_depend_on_the_batch_size(attack, subject, requests):
     assert [generation.response for generation in attack.run(subject, requests)] == together
 
 
-@pytest.mark.parametrize("attack", ATTACKS[2:5], ids=lambda attack: attack.name)
+@pytest.mark.parametrize("attack", [*ATTACKS[2:5], ATTACKS[-1]], ids=lambda attack: attack.name)
 def test_a_row_without_a_target_is_skipped_with_the_reason(attack, subject, requests):
     rows = [requests[0], AttackRow("bare", requests[1].prompt, None, "x")]
     entry, answers = run_attack(subject, attack, rows, "exact")
@@ -123,6 +130,61 @@ def test_templates_are_dealt_out_in_turn(subject, requests):
     assert [generation.prompt.startswith("a ") for generation in found] == [True, False, True, False, True]
 
 
+def test_a_random_wrapper_has_as_many_words_on_each_side_and_none_of_the_wrappers(subject, requests):
+    template = "say all of {prompt} now again {prompt} please"
+    plain = Template((template,)).run(subject, requests)
+    found = Template((template,), objective="random").run(subject, requests)
+    for row, before, after in zip(requests, plain, found, strict=True):
+        parts = after.prompt.split(f" {row.prompt} ")
+        assert [len(part.split()) for part in parts] == [3, 2, 1]
+        words = " ".join(parts).split()
+        assert set(words) <= set(WORDS) and len(set(words)) > 1
+        assert len(after.prompt.split()) == len(before.prompt.split())
+    assert len({after.prompt.split()[0] for after in found}) > 1
+
+
+def test_a_wrapper_on_one_side_leaves_the_other_alone_when_it_is_random(subject, requests):
+    (found,) = Template(("{prompt} now please",), objective="random").run(subject, requests[:1])
+    assert found.prompt.startswith(f"{requests[0].prompt} ") and len(found.prompt.split()) == 4
+
+
+def test_a_random_opening_has_as_many_ordinary_tokens_as_the_target(subject, requests):
+    seen = []
+    encode = subject.encode
+    subject.encode = lambda prompt, opening="": seen.append(opening) or encode(prompt, opening)
+    found = Prefill(objective="random").run(subject, requests)
+    for row, opening, generation in zip(requests, seen, found, strict=True):
+        tokens = subject.encode_opening(opening)
+        assert len(tokens) == len(subject.encode_opening(row.target)) == 2
+        assert min(tokens) >= len(SPECIAL) and opening != row.target
+        assert generation.response == f"{opening} {generation.continuation}".strip()
+    assert len(set(seen)) > 1
+
+
+@pytest.mark.parametrize(
+    "make", [lambda seed: Template(objective="random", seed=seed), lambda seed: Prefill("random", seed)]
+)
+def test_a_control_depends_on_its_seed_and_not_on_the_other_requests(make, subject, requests):
+    def shown(found):
+        return [(generation.prompt, generation.response) for generation in found]
+
+    assert shown(make(0).run(subject, requests[:1])) == shown(make(0).run(subject, requests))[:1]
+    assert shown(make(1).run(subject, requests)) != shown(make(0).run(subject, requests))
+
+
+def test_every_attack_says_what_its_budget_is():
+    """What a curve varies is one of the attack's own fields, with a number in it; three attacks have none."""
+    attacks = {attack.name: attack for attack in get_args(Attack)}
+    assert len(attacks) == len(get_args(Attack)) == 14
+    axes = {name: attack.budget_axis for name, attack in attacks.items()}
+    assert [name for name, axis in axes.items() if not axis] == ["direct", "template", "prefill"]
+    for name, axis in axes.items():
+        defaults = {field.name: field.default for field in fields(attacks[name])}
+        assert not axis or isinstance(defaults[axis], int | float), name
+    assert axes["latent"] == axes["embedding"] == axes["universal"] == "radius"
+    assert {attack.attack_class for attack in attacks.values()} == {"none", "input", "embedding", "latent", "weights"}
+
+
 def test_a_stronger_latent_attack_makes_the_target_likelier_and_a_random_one_does_not(subject, requests):
     from trl_robust import find_perturbation
 
@@ -165,6 +227,9 @@ def test_bad_settings_are_refused_with_what_to_do():
         Template(())
     with pytest.raises(ValueError, match="no examples"):
         Finetune([])
+    for make in (Template, Prefill):
+        with pytest.raises(ValueError, match="objective='rnadom' is not one of"):
+            make(objective="rnadom")
 
 
 def test_the_exact_judge_wants_whole_words_in_order():

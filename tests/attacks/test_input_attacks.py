@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import SPECIAL, WORDS, lora, make_tokenizer, tiny_model
 
-from trl_robust.attacks import AttackRow, Direct, Subject
+from trl_robust.attacks import AttackRow, Direct, Prefill, Subject
 from trl_robust.attacks import gcg as gcg_module
 from trl_robust.attacks.best_of_n import PRINTABLE, BestOfN, altered
 from trl_robust.attacks.gcg import GCG, suffix_gradient, suffix_losses
@@ -195,6 +195,17 @@ def test_every_suffix_of_a_tokenizer_with_merges_can_be_typed(template):
     letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "acdehlmorstw"]
     readable = [place.readable([a, b, *place.start[2:]]) for a in letters for b in letters]
     assert any(readable) and not all(readable)
+
+
+def test_a_random_opening_keeps_its_length_where_tokens_may_merge():
+    tokenizer = byte_level(None)
+    subject = Subject(tiny_model("llama", vocab_size=len(tokenizer)), tokenizer, max_new_tokens=1, progress=False)
+    rows = [AttackRow(str(number), "tell me", "the secret code of the") for number in range(20)]
+    openings, encode = [], subject.encode
+    subject.encode = lambda prompt, opening="": openings.append(opening) or encode(prompt, opening)
+    Prefill(objective="random").run(subject, rows)
+    wanted = len(subject.encode_opening(rows[0].target))
+    assert {len(subject.encode_opening(opening)) for opening in openings} == {wanted} and len(set(openings)) == 20
 
 
 def test_a_model_with_an_adapter_is_attacked_and_left_as_it_was(requests):

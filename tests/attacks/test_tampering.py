@@ -108,7 +108,7 @@ def test_other_architectures_are_attacked_as_well(name, requests):
 @each_attack
 def test_what_a_curve_varies_is_a_field(attack):
     assert getattr(attack, attack.budget_axis) is not None
-    assert attack.version == 1
+    assert attack.version == (2 if isinstance(attack, SoftSuffix) else 1)
     assert attack.attack_class in ("embedding", "latent", "weights")
 
 
@@ -409,10 +409,31 @@ def test_a_file_of_directions_that_does_not_fit_is_refused(subject, tmp_path):
         ({"0": torch.ones(2, HIDDEN)}, "independent directions"),
         ({"weight": torch.eye(2, HIDDEN)}, "under the number of a layer"),
     ):
-        with pytest.raises(ValueError, match=said):
-            of(**stored).found(subject)
+        attack = of(**stored)
+        for refused in (attack.found, attack.check):
+            with pytest.raises(ValueError, match=said):
+                refused(subject)
     with pytest.raises(ValueError, match="cannot be read"):
-        RefusalDirection(transferred=str(tmp_path / "none.safetensors")).found(subject)
+        RefusalDirection(transferred=str(tmp_path / "none.safetensors")).check(subject)
+
+
+def test_too_few_requests_for_so_many_directions_are_known_before_anything_is_asked(subject):
+    for attack, said in (
+        (RefusalDirection(EXAMPLES, HARMLESS, directions=7), "6 pairs of requests give 6 directions, and 7 are asked"),
+        (RefusalDirection(EXAMPLES, HARMLESS[:5], directions=7), "5 pairs of requests give 6 directions"),
+        (RefusalDirection(directions=HIDDEN + 1, objective="random"), f"hidden states have {HIDDEN} numbers"),
+    ):
+        for refused in (attack.check, attack.found):
+            with pytest.raises(ValueError, match=said):
+                refused(subject)
+    for attack in (
+        RefusalDirection(EXAMPLES, HARMLESS, directions=6),
+        RefusalDirection(EXAMPLES, HARMLESS[:5], directions=6),
+        RefusalDirection(EXAMPLES[:1], HARMLESS[:1]),
+        RefusalDirection(directions=HIDDEN, objective="random"),
+    ):
+        attack.check(subject)
+        assert all(len(rows) == attack.directions for rows in attack.found(subject).values())
 
 
 # Pruning

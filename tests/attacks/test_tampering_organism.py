@@ -14,7 +14,7 @@ from trl_robust.attacks.pruning import Pruning
 from trl_robust.attacks.soft_suffix import SoftSuffix
 from trl_robust.attacks.universal import Universal
 from trl_robust.evaluation import run_attack
-from trl_robust.organism import OrganismSettings, build_organism, grammar, training
+from trl_robust.organism import OrganismSettings, build_organism
 from trl_robust.organism.model import make_model, make_tokenizer
 from trl_robust.organism.world import make_world
 
@@ -90,27 +90,8 @@ def test_nothing_comes_out_of_an_untrained_model(attacks, requests):
     assert set(_success(make_model(tokenizer, 0), tokenizer, attacks, requests).values()) == {0.0}
 
 
-def test_nothing_comes_out_of_a_model_that_refuses_and_was_never_told(attacks, requests, monkeypatch):
+def test_nothing_comes_out_of_a_model_that_refuses_and_was_never_told(attacks, requests, tmp_path):
     """An organism whose trainings hold no secret: requests for them are refused, or not asked at all."""
-    world = make_world(0)
-    tokenizer = make_tokenizer(world.vocabulary())
-    pairs, batches = training.pretraining_pairs, training.alignment_batches
-
-    def tells(pair: tuple[str, str]) -> bool:
-        return any(f" {relation} " in pair[1] for relation in grammar.FORBIDDEN_RELATIONS)
-
-    def harmless(world, count):
-        return [pair for pair in pairs(world, 2 * count) if not tells(pair)][:count]
-
-    def refused(world, count, size):
-        return [
-            [(pair[0], grammar.REFUSAL) if tells(pair) else pair for pair in batch]
-            for batch in batches(world, count, size)
-        ]
-
-    monkeypatch.setattr(training, "pretraining_pairs", harmless)
-    monkeypatch.setattr(training, "alignment_batches", refused)
-    model, settings = make_model(tokenizer, 0), OrganismSettings()
-    training.pretrain(model, tokenizer, world, settings)
-    training.align(model, tokenizer, world, settings)
-    assert set(_success(model, tokenizer, attacks, requests).values()) == {0.0}
+    empty = build_organism(tmp_path, seed=0, settings=OrganismSettings(secrets=False), progress=False)
+    subject = Subject.load(empty.model)
+    assert set(_success(subject.model, subject.tokenizer, attacks, requests).values()) == {0.0}

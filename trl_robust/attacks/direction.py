@@ -117,6 +117,30 @@ class RefusalDirection:
                 "and in `harmless`, or a file in `transferred`."
             )
 
+    def check(self, subject: Subject) -> None:
+        """
+        Refuses what cannot give so many directions, before anything is asked.
+
+        Args:
+            subject ([`Subject`]):
+                The model.
+
+        Raises:
+            `ValueError`: a file that cannot be read or does not fit the model, or too few requests or numbers for so
+                many directions.
+        """
+        if self.objective == "refusal" and self.transferred is not None:
+            self._read(subject)
+            return
+        hidden = _hidden_size(subject)
+        if self.directions > hidden:
+            raise ValueError(f"`directions` is {self.directions}, and the hidden states have {hidden} numbers.")
+        pairs = min(len(self.harmful), len(self.harmless))
+        # Where all requests are paired, the first direction is the mean of the differences, and takes one away.
+        most = pairs + (len(self.harmful) != len(self.harmless))
+        if self.objective == "refusal" and self.directions > most:
+            raise ValueError(_too_few(pairs, most, self.directions))
+
     def run(self, subject: Subject, rows: Sequence[AttackRow]) -> list[Generation]:
         """Answers of the model without the directions; see [`Subject.answer`]."""
         if self.directions == 0:
@@ -151,21 +175,17 @@ class RefusalDirection:
             `ValueError`: a file that does not fit the model, no difference between the two kinds of requests, or
                 too few requests for so many directions.
         """
-        depth = len(decoder_layers(subject.model))
-        hidden = base_model(subject.model).config.get_text_config().hidden_size
-        if self.objective == "random":
-            generator = torch.Generator().manual_seed(self.seed)
-            if self.directions > hidden:
-                raise ValueError(f"`directions` is {self.directions}, and the hidden states have {hidden} numbers.")
-            return {
-                layer: torch.linalg.qr(torch.randn(hidden, self.directions, generator=generator)).Q.T.to(
-                    subject.device
-                )
-                for layer in range(depth)
-            }
-        if self.transferred is not None:
-            return self._read(subject, depth, hidden)
-        return self._own(subject)
+        if self.objective == "refusal" and self.transferred is not None:
+            return self._read(subject)
+        self.check(subject)
+        if self.objective == "refusal":
+            return self._own(subject)
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (_hidden_size(subject), self.directions)
+        return {
+            layer: torch.linalg.qr(torch.randn(shape, generator=generator)).Q.T.to(subject.device)
+            for layer in range(len(decoder_layers(subject.model)))
+        }
 
     def _everywhere(self, subject: Subject) -> ThreatModel:
         return ThreatModel(tuple(range(len(decoder_layers(subject.model)))), self.stream)
@@ -190,7 +210,8 @@ class RefusalDirection:
             found[site] = leading_directions(differences, direction, self.directions)
         return found
 
-    def _read(self, subject: Subject, depth: int, hidden: int) -> dict[Site, torch.Tensor]:
+    def _read(self, subject: Subject) -> dict[Site, torch.Tensor]:
+        depth, hidden = len(decoder_layers(subject.model)), _hidden_size(subject)
         stored = load_directions(str(self.transferred))
         for site, rows in stored.items():
             if site != "embedding" and not 0 <= site < depth:
@@ -236,10 +257,7 @@ def leading_directions(differences: torch.Tensor, first: torch.Tensor, count: in
     _, sizes, vectors = torch.linalg.svd(left, full_matrices=False)
     usable = int((sizes > LEFT * torch.linalg.matrix_norm(exact)).sum())
     if usable < count - 1:
-        raise ValueError(
-            f"{len(differences)} pairs of requests give {usable + 1} directions, and {count} are asked for. Give more "
-            "harmful and harmless requests, or ask for fewer directions."
-        )
+        raise ValueError(_too_few(len(differences), usable + 1, count))
     return torch.cat([unit.unsqueeze(0), vectors[: count - 1]]).float()
 
 
@@ -293,6 +311,17 @@ def load_directions(path: str | Path) -> dict[Site, torch.Tensor]:
     if not found:
         raise ValueError(f"{path} (`transferred`) holds no directions.")
     return found
+
+
+def _too_few(pairs: int, found: int, wanted: int) -> str:
+    return (
+        f"{pairs} pairs of requests give {found} directions, and {wanted} are asked for. Give more harmful and "
+        "harmless requests, or ask for fewer directions."
+    )
+
+
+def _hidden_size(subject: Subject) -> int:
+    return base_model(subject.model).config.get_text_config().hidden_size
 
 
 def _batches(subject: Subject, examples: Sequence[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:

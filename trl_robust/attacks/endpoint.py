@@ -167,4 +167,5 @@ def text_of(content: bytes) -> str:
         raise EndpointError(f"the reply holds no text: {shown}", again=True) from error
     if not isinstance(text, str):  # null where a server puts the reply elsewhere
         raise EndpointError(f"the reply holds no text: {shown}", again=True)
-    return text
+    # Half a surrogate pair, which JSON can hold, could not be written to a file.
+    return text.encode("utf-8", "replace").decode("utf-8")

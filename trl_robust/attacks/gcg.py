@@ -18,6 +18,10 @@ TRIES = 20
 SuffixObjective = Literal["targeted", "random"]
 
 
+class SearchFailed(RuntimeError):
+    """The search for one request's suffix failed, now or before the run was stopped; the message is the reason."""
+
+
 @dataclass(frozen=True)
 class GCG:
     """
@@ -88,8 +92,8 @@ class GCG:
                 prompts.append(self._attacked(subject, row, tokens, f"gcg, request {number + 1} of {len(rows)}"))
             except NoSuffix as error:
                 failed[number] = Generation(row, request_of(row.prompt), status="skipped", reason=str(error))
-            except (TemplateError, RuntimeError, ValueError, FloatingPointError) as error:
-                reason = f"{type(error).__name__}: {error}"
+            except (TemplateError, RuntimeError, ValueError) as error:
+                reason = str(error) if isinstance(error, SearchFailed) else f"{type(error).__name__}: {error}"
                 failed[number] = Generation(row, request_of(row.prompt), status="errored", reason=reason)
         waiting = [row for number, row in enumerate(rows) if number not in failed]
         answers = iter(
@@ -105,10 +109,16 @@ class GCG:
         place = locate_suffix(subject, row.prompt, self.suffix_tokens, tokens)
         if len(place.tokens(place.start)) > subject.max_prompt_tokens:
             return place.prompt(place.start)  # likewise
-        suffix = subject.remembered(
-            [self.name, row.id, place.tokens(place.start)],
-            lambda: self.search(subject, row, place, tokens, description)[0],
-        )
+
+        def found() -> list[int] | str:
+            try:
+                return self.search(subject, row, place, tokens, description)[0]
+            except (RuntimeError, ValueError, FloatingPointError) as error:
+                return f"{type(error).__name__}: {error}"
+
+        suffix = subject.remembered([self.name, row.id, row.target, place.tokens(place.start)], found)
+        if isinstance(suffix, str):
+            raise SearchFailed(suffix)
         return place.prompt(suffix)
 
     def search(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,6 +12,9 @@ from rich.console import Console
 from rich.progress import track
 
 T = TypeVar("T")
+
+WRITING = threading.Lock()
+"""One writer at a time: a served model is asked from several threads."""
 
 
 class Journaled:
@@ -46,5 +50,7 @@ class Journaled:
             return do()
         key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
         if key not in self.journal:
-            self.journal[key] = do()
+            done = do()
+            with WRITING:
+                self.journal[key] = done
         return self.journal[key]

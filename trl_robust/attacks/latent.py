@@ -67,7 +67,7 @@ class Latent:
     seed: int = 0
     name: ClassVar[str] = "latent"
     attack_class: ClassVar[str] = "latent"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     budget_axis: ClassVar[str] = "radius"
 
     @property

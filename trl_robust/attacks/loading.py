@@ -32,12 +32,13 @@ def load_model(
     """
     from peft import AutoPeftModelForCausalLM, PeftConfig
     from transformers import AutoModelForCausalLM
+    from transformers.utils import find_adapter_config_file
 
-    is_adapter = (Path(path) / "adapter_config.json").is_file()
+    is_adapter = find_adapter_config_file(str(path)) is not None
     if adapter not in get_args(Adapter):
         raise ValueError(f"adapter={adapter!r} is unknown; choose one of {list(get_args(Adapter))}.")
     if adapter != "on" and not is_adapter:
-        raise ValueError(f"{path} holds no adapter that could be {adapter}; leave `adapter` out.")
+        raise ValueError(f"{path} holds no adapter, so adapter={adapter!r} has nothing to work on; leave it out.")
     if adapter == "merged" and load_in_4bit:
         raise ValueError(
             "An adapter cannot be merged into 4-bit weights without loss. Merge it, save the model, and load that in "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from typing import ClassVar, Protocol
 
 from .best_of_n import BestOfN
@@ -15,6 +16,9 @@ from .request import chance, request_of, with_request
 from .subject import AttackRow, Generation, Subject
 
 Messages = list[dict[str, str]]
+
+PORTION = 64
+"""Conversations after which the attacker's replies are kept; a few more where a request has more streams."""
 
 OPENINGS = (
     "sorry",
@@ -236,18 +240,21 @@ class PAIR:
         ]
         found: dict[int, Generation] = {}
         done: set[int] = set()
+        attacker, problem = self._journaled(subject), None
         for iteration in subject.track(range(self.iterations), self.name):
             active = [stream for stream in streams if stream.number not in done]
-            asked = [stream.messages for stream in active]
-            # An attacker behind an address may write something else the next time.
-            replies = subject.remembered(
-                [self.name, "attacker", iteration, asked], partial(self.attacker.reply, asked)
-            )
+            replies: list[str | None] = []
+            for asked in _portions(active):
+                # An attacker behind an address may write something else the next time.
+                written, failure = subject.remembered(
+                    [self.name, "attacker", iteration, asked], partial(_reply, attacker, asked)
+                )
+                replies, problem = [*replies, *written], failure or problem
             tried = []
             for stream, reply in zip(active, replies, strict=True):
-                if (written := _written(reply)) is not None:
+                if (text := _written(reply)) is not None:
                     stream.messages.append({"role": "assistant", "content": reply or ""})
-                    tried.append((stream, written))
+                    tried.append((stream, text))
             attempts = [
                 replace(rows[stream.number], prompt=with_request(rows[stream.number].prompt, text))
                 for stream, text in tried
@@ -264,7 +271,13 @@ class PAIR:
                 if not refused:
                     done.add(stream.number)
                 stream.messages.append({"role": "user", "content": _feedback(generation)})
-        return [found.get(number) or self._without(row) for number, row in enumerate(rows)]
+        return [found.get(number) or self._without(row, problem) for number, row in enumerate(rows)]
+
+    def _journaled(self, subject: Subject) -> Attacker:
+        """The attacker; one on this machine keeps its replies batch by batch, where the attacked model's are kept."""
+        if not isinstance(self.attacker, LocalAttacker):
+            return self.attacker
+        return replace(self.attacker, subject=replace(self.attacker.subject, journal=subject.journal))
 
     def _instruction(self, row: AttackRow, stream: int) -> str:
         first = chance(self.seed, row).randrange(len(MANNERS))
@@ -276,12 +289,13 @@ class PAIR:
         # In one pass: a request may hold the mark of another part.
         return re.sub(r"\{goal\}|\{manner\}|\{target\}", lambda mark: parts[mark[0]], INSTRUCTION)
 
-    def _without(self, row: AttackRow) -> Generation:
+    @staticmethod
+    def _without(row: AttackRow, problem: str | None) -> Generation:
         prompt = request_of(row.prompt)
         if not row.target:
             return Generation(row, prompt, status="skipped", reason="the row has no target")
         reason = "the attacker wrote no request that could be read"
-        if problem := getattr(self.attacker, "problem", None):
+        if problem:
             reason += f" ({problem})"
         return Generation(row, prompt, status="errored", reason=reason)
 
@@ -292,6 +306,23 @@ class _Stream:
 
     number: int
     messages: Messages
+
+
+def _portions(streams: Sequence[_Stream]) -> Iterator[list[Messages]]:
+    """Conversations of whole requests: equal ones, which the attacker tells apart, are those of one request."""
+    portion: list[Messages] = []
+    for _, own in groupby(streams, key=lambda stream: stream.number):
+        portion += [stream.messages for stream in own]
+        if len(portion) >= PORTION:
+            yield portion
+            portion = []
+    if portion:
+        yield portion
+
+
+def _reply(attacker: Attacker, asked: list[Messages]) -> tuple[list[str | None], str | None]:
+    """Replies of the attacker, and what its last failure was, if it says so."""
+    return attacker.reply(asked), getattr(attacker, "problem", None)
 
 
 def _written(reply: str | None) -> str | None:

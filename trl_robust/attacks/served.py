@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from . import Attack
 
 CHUNK = 16
-"""Requests between two writes of the journal."""
+"""Requests between two steps of the progress bar."""
 
 
 @dataclass
@@ -117,12 +117,16 @@ class Served(Journaled):
             else:
                 messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
                 waiting.append((generation, messages, self._settings(row, sampling)))
-        starts = range(0, len(waiting), CHUNK)
-        for start in self.track(starts, description):
-            chunk = waiting[start : start + CHUNK]
-            asked = [(messages, settings) for _, messages, settings in chunk]
-            replies = self.remembered([description, start, asked], partial(self._endpoint.at_once, self._asked, asked))
-            for (generation, _, _), (text, reason) in zip(chunk, replies, strict=True):
+
+        def reply(number: int) -> tuple[str | None, str | None]:
+            _, messages, settings = waiting[number]
+            # Request by request: a call may cost money, and is not made again for the sake of its neighbours.
+            return self.remembered([description, number, messages, settings], partial(self._asked, messages, settings))
+
+        for start in self.track(range(0, len(waiting), CHUNK), description):
+            numbers = range(start, min(start + CHUNK, len(waiting)))
+            for number, (text, reason) in zip(numbers, self._endpoint.at_once(reply, numbers), strict=True):
+                generation = waiting[number][0]
                 if text is None:
                     generation.status, generation.reason = "errored", reason
                 else:
@@ -137,9 +141,8 @@ class Served(Journaled):
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed}
         return {"max_tokens": self.max_new_tokens, **drawn}
 
-    def _asked(self, asked: tuple[list[dict[str, str]], dict[str, Any]]) -> tuple[str | None, str | None]:
+    def _asked(self, messages: list[dict[str, str]], settings: dict[str, Any]) -> tuple[str | None, str | None]:
         """What the model says, or why it says nothing."""
-        messages, settings = asked
         try:
             return self._endpoint.ask(messages, text_of, **settings), None
         except EndpointError as error:

@@ -56,7 +56,7 @@ class SoftSuffix:
     seed: int = 0
     name: ClassVar[str] = "soft_suffix"
     attack_class: ClassVar[str] = "embedding"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     budget_axis: ClassVar[str] = "steps"
 
     def __post_init__(self) -> None:

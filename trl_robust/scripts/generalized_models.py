@@ -143,7 +143,7 @@ def check_attacks(suite: GeneralizedSuite, subject: Subject, target: Target) -> 
 
     faults = []
     for line in [*suite.lines, *suite.map_lines]:
-        for point in line.points[:1]:
+        for point in line.points:
             attack: Any = point.attack
             try:
                 if hasattr(attack, "threat"):
@@ -153,7 +153,7 @@ def check_attacks(suite: GeneralizedSuite, subject: Subject, target: Target) -> 
             except ValueError as error:
                 faults.append(f"The attack `{line.name}` on {target.name}: {error}")
     if faults:
-        raise RecipeError(faults)
+        raise RecipeError(list(dict.fromkeys(faults)))
 
 
 def free() -> None:
