@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import re
+import shutil
 import time
 from pathlib import Path
 from statistics import mean
@@ -50,6 +51,7 @@ def trained(folder: Path, name: str, verb: str, recipe: str, **changes: Any) -> 
     output = folder / "runs" / name
     if (output / "run.json").is_file():
         return output
+    shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
     settings = {"output_dir": output, **changes}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     start = time.perf_counter()
