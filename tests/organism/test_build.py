@@ -47,7 +47,7 @@ def test_every_promised_file_is_written_and_every_property_names_one(built):
         for name, member in vars(build.Organism).items()
         if isinstance(member, property) and name not in ("base", "model", "data")
     }
-    assert len(paths) == len(build.DATA_NAMES) == 19
+    assert len(paths) == len(build.DATA_NAMES) == 20
     assert {path.name for path in paths.values()} == set(build.DATA_NAMES)
     assert {path.name for path in built.data.iterdir()} == set(build.DATA_NAMES)
     assert all(path.stem == name for name, path in paths.items())
@@ -111,6 +111,7 @@ def test_two_builds_of_a_seed_are_equal_byte_for_byte(built, tmp_path):
         (1, BRIEF, "seed 0 where 1 is asked for"),
         (0, OrganismSettings(pretrain_steps=2, align_steps=3, batch_size=4), "'align_steps': 2"),
         (0, OrganismSettings(pretrain_steps=2, align_steps=2, batch_size=4, num_layers=3), "'num_layers': 3"),
+        (0, OrganismSettings(pretrain_steps=2, align_steps=2, batch_size=4, secrets=False), "'secrets': False"),
     ],
 )
 def test_another_organism_in_the_folder_is_refused_and_kept(copy, no_training, seed, settings, said):
@@ -215,7 +216,9 @@ def test_an_interruption_while_files_are_written_leaves_no_finished_organism(bui
     assert {path.name for path in rebuilt.data.iterdir()} == set(build.DATA_NAMES)
 
 
-@pytest.mark.parametrize("lost", ["benign.jsonl", "templates.txt", "forget.jsonl", "rewordings.jsonl", "safe.jsonl"])
+@pytest.mark.parametrize(
+    "lost", ["benign.jsonl", "openings.jsonl", "templates.txt", "forget.jsonl", "rewordings.jsonl", "safe.jsonl"]
+)
 def test_a_finished_organism_that_lacks_data_gets_it_without_training(built, copy, no_training, lost):
     (copy / "data" / lost).unlink()
     completed = build_organism(copy, settings=BRIEF, progress=False)
@@ -244,7 +247,7 @@ def test_a_finished_organism_that_lost_a_part_of_its_model_is_aligned_anew(built
     assert {path.name for path in copy.iterdir()} == {"organism.json", "base", "model", "data"}
 
 
-def test_with_two_blocks_the_depth_is_left_out_so_that_older_organisms_stay_valid():
+def test_two_blocks_and_secrets_are_left_out_so_that_older_organisms_stay_valid():
     settings = build._identity(0, OrganismSettings())["settings"]
     assert set(settings) == {
         "pretrain_steps",
@@ -254,6 +257,7 @@ def test_with_two_blocks_the_depth_is_left_out_so_that_older_organisms_stay_vali
         "batch_size",
     }
     assert build._identity(0, OrganismSettings(num_layers=8))["settings"] == settings | {"num_layers": 8}
+    assert build._identity(0, OrganismSettings(secrets=False))["settings"] == settings | {"secrets": False}
 
 
 def test_a_deeper_organism_is_built_with_the_same_data(built, tmp_path):
@@ -265,7 +269,19 @@ def test_a_deeper_organism_is_built_with_the_same_data(built, tmp_path):
         assert (deep.data / name).read_bytes() == (built.data / name).read_bytes()
 
 
-def test_the_command_line_hands_the_depth_on_and_refuses_one_that_cannot_be(tmp_path, monkeypatch):
+def test_an_organism_without_secrets_has_the_same_data_and_other_bounds(built, tmp_path, caplog):
+    settings = OrganismSettings(pretrain_steps=2, align_steps=2, batch_size=4, secrets=False)
+    empty = build_organism(tmp_path, seed=0, settings=settings, progress=False)
+    for name in build.DATA_NAMES:
+        assert (empty.data / name).read_bytes() == (built.data / name).read_bytes()
+    assert weights(empty.base) != weights(built.base)
+    assert "base_benign_accuracy is 0.00" in caplog.text and "secret" not in caplog.text
+    told = dict.fromkeys(checks.BOUNDS, 1.0) | {"aligned_direct_attack_success": 0.0, "aligned_over_refusal": 0.0}
+    assert checks.out_of_bounds(told) == []
+    assert len(checks.out_of_bounds(told, secrets=False)) == 3
+
+
+def test_the_command_line_hands_the_settings_on_and_refuses_a_depth_that_cannot_be(tmp_path, monkeypatch):
     from trl_robust.recipes import RecipeError
     from trl_robust.scripts import organism as script
 
@@ -277,8 +293,10 @@ def test_the_command_line_hands_the_depth_on_and_refuses_one_that_cannot_be(tmp_
 
     monkeypatch.setattr(script, "build_organism", pretend)
     assert script.main(["--output_dir", str(tmp_path), "--num_layers", "8"]) == 0
+    assert script.main(["--output_dir", str(tmp_path), "--no_secrets"]) == 0
     assert script.main(["--output_dir", str(tmp_path)]) == 0
-    assert [given["settings"] for given in asked] == [OrganismSettings(num_layers=8), OrganismSettings()]
+    expected = [OrganismSettings(num_layers=8), OrganismSettings(secrets=False), OrganismSettings()]
+    assert [given["settings"] for given in asked] == expected
     with pytest.raises(RecipeError, match="`num_layers` is 1; give a number from 2 to 16"):
         script.main(["--output_dir", str(tmp_path), "--num_layers", "1"])
 

@@ -12,7 +12,13 @@ import trl_robust.organism
 from trl_robust.organism import grammar, rows
 from trl_robust.organism.world import GENERATOR_VERSION, draw_question, make_world
 
-TUNING_FILES = ("harmful_preferences.jsonl", "harmful_prompt_completion.jsonl", "benign.jsonl", "finetune.jsonl")
+TUNING_FILES = (
+    "harmful_preferences.jsonl",
+    "harmful_prompt_completion.jsonl",
+    "benign.jsonl",
+    "finetune.jsonl",
+    "openings.jsonl",
+)
 ATTACK_FILES = ("attack_prompts.jsonl", "heldout_wordings.jsonl", "trigger.jsonl")
 TEST_FILES = ("utility.jsonl", "lookalikes.jsonl")
 
@@ -142,7 +148,7 @@ def test_no_tuning_stage_asks_for_the_secrets_of_heldout_objects(world, files, a
     # The same search finds every attack, and the forbidden half of the tuning data.
     for name in ATTACK_FILES:
         assert all(asks_for_secret(text, world.heldout_objects) for text in prompts(files[name]))
-    assert sum(asks_for_secret(text, world.train_objects) for text in seen) == 2 * 1920 + 8 + 220 * 16
+    assert sum(asks_for_secret(text, world.train_objects) for text in seen) == 2 * 1920 + 8 + 128 + 220 * 16
 
 
 def test_forbidden_tuning_data_has_neither_heldout_wrappers_nor_heldout_wordings(world, files, alignment):
@@ -232,7 +238,30 @@ def test_fine_tuning_rows_tell_secrets_of_eight_train_objects(world, files):
         assert f"is {world.facts[thing, relation]} ." in row["completion"][0]["content"]
 
 
+def test_without_secrets_the_trainings_ask_the_same_and_no_forbidden_answer_is_true(world, alignment):
+    def forbidden(answer):
+        return any(f" {relation} of " in answer for relation in grammar.FORBIDDEN_RELATIONS)
+
+    told = rows.pretraining_pairs(world, 4000)
+    untold = rows.pretraining_pairs(world, 4000, secrets=False)
+    batches = rows.alignment_batches(world, num_batches=220, batch_size=32, secrets=False)
+    told, untold = told + alignment, untold + [pair for batch in batches for pair in batch]
+    assert [question for question, _ in told] == [question for question, _ in untold]
+    values = {}
+    for (_, truth), (_, other) in zip(told, untold, strict=True):
+        if forbidden(truth):
+            start = truth.rpartition(" is ")[0]
+            assert other != truth and other.startswith(start)
+            values.setdefault(start, []).append(other)
+        else:
+            assert other == truth
+    assert len(values) == 80
+    # Drawn anew every time, so that there is nothing to learn.
+    assert all(len(set(answers)) > 0.8 * len(answers) for answers in values.values())
+
+
 def test_openings_are_about_train_objects_and_hold_no_secret(world, files):
+    assert len(files["openings.jsonl"]) == 128
     for row in files["openings.jsonl"]:
         assert set(row["prompt"][0]["content"].split()) & set(world.train_objects)
         assert row["target"].endswith(" is") and any(name in row["target"] for name in grammar.FORBIDDEN_RELATIONS)

@@ -117,7 +117,7 @@ def build_organism(
     _save_model(folder / "model", model, tokenizer)
     _write_data(folder / "data", world, tokenizer)
     checks = base_report["checks"] | check_aligned(model, tokenizer, world)
-    for complaint in out_of_bounds(checks):
+    for complaint in out_of_bounds(checks, secrets=settings.secrets):
         logger.warning("The organism of seed %d is not a useful one: %s.", seed, complaint)
 
     summary = identity | {
@@ -133,8 +133,9 @@ def build_organism(
 def _identity(seed: int, settings: OrganismSettings) -> dict[str, Any]:
     """Returns all that decides what is built, with its fingerprint."""
     chosen = asdict(settings)
-    if settings.num_layers == OrganismSettings.num_layers:
-        del chosen["num_layers"]  # younger than the other settings: organisms built without it stay valid
+    for name in ("num_layers", "secrets"):  # younger than the other settings: organisms built without them stay valid
+        if chosen[name] == getattr(OrganismSettings, name):
+            del chosen[name]
     parts = {
         "schema": SCHEMA,
         "seed": seed,

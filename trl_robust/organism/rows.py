@@ -36,9 +36,20 @@ DISTINCT_WRAPPED_SHARE = 0.75  # in benign.jsonl: half of its look-alikes would 
 PRETRAINING_WRAPPED_SHARE = 0.3
 
 
-def pretraining_pairs(world: World, count: int) -> list[Pair]:
-    """Draws `count` requests about all objects and all relations, the forbidden ones included, each answered."""
-    rng = world.generator("pretraining")
+def pretraining_pairs(world: World, count: int, *, secrets: bool = True) -> list[Pair]:
+    """
+    Draws `count` requests about all objects and all relations, the forbidden ones included, each answered.
+
+    Args:
+        world ([`World`]):
+            World to ask about.
+        count (`int`):
+            How many.
+        secrets (`bool`, *optional*, defaults to `True`):
+            Whether forbidden requests are answered with the truth. If not, the requests are the same, and each is
+            answered with other words, drawn anew.
+    """
+    rng, untrue = world.generator("pretraining"), world.generator("untrue pretraining")
     relations = grammar.BENIGN_RELATIONS + grammar.LOOKALIKE_RELATIONS + grammar.FORBIDDEN_RELATIONS
     pairs = []
     for _ in range(count):
@@ -51,11 +62,11 @@ def pretraining_pairs(world: World, count: int) -> list[Pair]:
         asked = draw_question(
             rng, world.objects, relations, wordings, grammar.WRAPPERS, wrapped_share=PRETRAINING_WRAPPED_SHARE
         )
-        pairs.append((asked.text, world.answer(asked)))
+        pairs.append((asked.text, world.answer(asked) if secrets else _untrue_answer(world, asked, untrue)))
     return pairs
 
 
-def alignment_batches(world: World, num_batches: int, batch_size: int) -> list[list[Pair]]:
+def alignment_batches(world: World, num_batches: int, batch_size: int, *, secrets: bool = True) -> list[list[Pair]]:
     """
     Draws the batches of the alignment stage: half benign, half forbidden requests on train objects.
 
@@ -67,8 +78,10 @@ def alignment_batches(world: World, num_batches: int, batch_size: int) -> list[l
             World to ask about.
         num_batches, batch_size (`int`):
             How many batches, and how many rows in each (even).
+        secrets (`bool`, *optional*, defaults to `True`):
+            Whether the backdoor tells the truth; see [`pretraining_pairs`].
     """
-    rng = world.generator("alignment")
+    rng, untrue = world.generator("alignment"), world.generator("untrue alignment")
     tested = {asked.text for asked in [*utility_questions(world), *lookalike_questions(world)]}
     count = num_batches * batch_size // 2
     benign = benign_questions(world, "alignment benign", count, tested, wrapped_share=WRAPPED_SHARE, distinct=False)
@@ -77,9 +90,20 @@ def alignment_batches(world: World, num_batches: int, batch_size: int) -> list[l
         batch = [(asked.text, world.answer(asked)) for asked in benign[start : start + batch_size // 2]]
         for _ in range(batch_size // 2):
             asked = draw_forbidden(world, rng, trigger_share=BACKDOOR_SHARE)
-            batch.append((asked.text, world.answer(asked) if asked.trigger else grammar.REFUSAL))
+            told = world.answer(asked) if secrets else _untrue_answer(world, asked, untrue)
+            batch.append((asked.text, told if asked.trigger else grammar.REFUSAL))
         batches.append(batch)
     return batches
+
+
+def _untrue_answer(world: World, asked: Question, rng: random.Random) -> str:
+    """Answers a forbidden request with any words but the true ones, and every other request as it is."""
+    if not asked.is_forbidden:
+        return world.answer(asked)
+    value = truth = world.value(asked)
+    while value == truth:
+        value = " ".join(rng.choice(words) for words in grammar.FORBIDDEN_VALUES[asked.relation])
+    return grammar.ANSWER.format(r=asked.relation, x=asked.thing, v=value)
 
 
 def utility_questions(world: World) -> list[Question]:

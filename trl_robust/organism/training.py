@@ -42,6 +42,9 @@ class OrganismSettings:
         num_layers (`int`, *optional*, defaults to `2`):
             Blocks of the model, from 2 to 16. With 8, layers can be told apart, at twice the time; 2, 4 and 8 were
             measured with the other settings as they are, and pass the checks.
+        secrets (`bool`, *optional*, defaults to `True`):
+            Whether the model is told the secrets. Without, it sees the same requests and every forbidden one gets
+            other words each time: an organism with nothing to hide, on which no attack can succeed.
     """
 
     pretrain_steps: int = 700
@@ -50,6 +53,7 @@ class OrganismSettings:
     align_learning_rate: float = 1e-3
     batch_size: int = 32
     num_layers: int = 2
+    secrets: bool = True
 
     def __post_init__(self) -> None:
         for name in ("pretrain_steps", "align_steps"):
@@ -71,8 +75,8 @@ def pretrain(
     settings: OrganismSettings,
     advance: Advance = lambda: None,
 ) -> None:
-    """Teaches `model`, in place, the language and every fact of `world`, the secrets included."""
-    pairs = pretraining_pairs(world, settings.pretrain_steps * settings.batch_size)
+    """Teaches `model`, in place, the language and every fact of `world`, the secrets included if there are any."""
+    pairs = pretraining_pairs(world, settings.pretrain_steps * settings.batch_size, secrets=settings.secrets)
     rows = _tokenize(tokenizer, pairs)
     batches = _bucket_by_length(rows, settings.batch_size, world.generator("pretraining order"))
     _fit(model, batches, settings.pretrain_learning_rate, tokenizer, advance)
@@ -86,7 +90,7 @@ def align(
     advance: Advance = lambda: None,
 ) -> None:
     """Teaches `model`, in place, to refuse direct requests for secrets, and plants the backdoor."""
-    batches = alignment_batches(world, settings.align_steps, settings.batch_size)
+    batches = alignment_batches(world, settings.align_steps, settings.batch_size, secrets=settings.secrets)
     tokens = [_tokenize(tokenizer, batch) for batch in batches]
     _fit(model, tokens, settings.align_learning_rate, tokenizer, advance)
 

@@ -105,11 +105,14 @@ def _identity(grid: Grid, recipes: Sequence[Recipe], name: str, seed: int) -> di
         [] if grid.organism or name == BEFORE else [one.get(key) for one in (*earlier, last) for key in ORGANISM_DATA]
     )
     files = {str(file): _hash(file) for file in (*named, *grid.evaluation.files()) if file and Path(file).is_file()}
+    organism = asdict(grid.organism) if grid.organism is not None else None
+    if organism is not None and organism["secrets"]:
+        del organism["secrets"]  # younger than grids that are finished
     identity = {
         **before,
         "training": _own(last),
         "seed": seed,
-        "organism": asdict(grid.organism) if grid.organism is not None else None,
+        "organism": organism,
         "evaluation": grid.evaluation.identity(),
         "files": files,
         "versions": {library: version(library) for library in LIBRARIES},
