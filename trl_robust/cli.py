@@ -80,8 +80,6 @@ def exit_code(run: Callable[[], int]) -> int:
     Returns:
         `int`: exit code.
     """
-    from .data.errors import DataError
-
     # Every import of PEFT would begin with a hint that a faster 4-bit kernel could be installed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # TRL 1.16 itself still sets the old name, so every run would warn of what the user did not write.
@@ -97,8 +95,8 @@ def exit_code(run: Callable[[], int]) -> int:
         _say(str(stop) or "Interrupted.")
         return 130
     except ValueError as error:
-        # `RecipeError` is asked for only here, because `recipes` imports TRL, which not every verb needs.
-        if not isinstance(error, DataError) and type(error).__name__ != "RecipeError":
+        # Asked for by name, because both rooms import TRL, which takes seconds and which not every verb needs.
+        if not {"DataError", "RecipeError"} & {kind.__name__ for kind in type(error).__mro__}:
             raise
         if os.environ.get("TRL_ROBUST_TRACEBACK") == "1":
             traceback.print_exc()
