@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     if faults := faults_of(kinds, args.folders, args.output_dir):
         from ..recipes import RecipeError
 
-        raise _fault(faults)
+        raise RecipeError(faults)
     kind = next(iter(kinds.values()))
     try:
         if kind in PRINTED:
@@ -210,12 +210,6 @@ def _nothing(folder: Path) -> str:
         f"{folder} holds nothing to report, no `results.json`, `selection.json`, `distance.json` or `run.json`. Name "
         "the folder that a run or an evaluation wrote."
     )
-
-
-def _fault(problems: list[str]) -> Exception:
-    from ..recipes import RecipeError  # imports TRL, which takes seconds and which a report does not need
-
-    return RecipeError(problems)
 
 
 def _plain(argv: list[str]) -> list[str]:
