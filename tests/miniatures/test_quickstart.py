@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
 from trl_robust import cli
+from trl_robust.scripts import quickstart as script
 from trl_robust.scripts.quickstart import AWAY, BEFORE, LONGER, ORDER, PLAIN, TRAINED, run, summarise, verdict
-
-sys.path.append(str(Path(__file__).parents[2] / "docs"))
-
-import make_lat_miniatures as miniatures
 
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))]
 
@@ -74,18 +68,6 @@ def test_the_files_of_the_contract_are_there(quickstart):
     assert pickles <= {"training_args.bin"}  # transformers' own
 
 
-def test_started_again_it_trains_nothing_and_finds_the_same(quickstart, monkeypatch, capsys):
-    folder, results = quickstart(0)
-    from trl_robust.scripts import training
-
-    monkeypatch.setattr(training, "run", lambda *_, **__: pytest.fail("trained again"))
-    again = run(folder, 0)
-    assert again["models"] == results["models"]
-    printed = capsys.readouterr().out
-    for model in results["models"]:  # the table is this run's, not a canned one
-        assert f"{model['attacks'][-1]['success']:.2f}" in printed
-
-
 def test_the_verdict_says_so_when_the_model_lost_its_use():
     good = {"mean_success": 0.9, "finetune": 0.9, "utility": 1.0, "over_refusal": 0.0}
     assert "lost its use" not in verdict({BEFORE: good, TRAINED: {**good, "mean_success": 0.0}})
@@ -106,35 +88,21 @@ def test_each_attack_runs_from_the_command_line_and_gives_the_quickstarts_figure
     assert cli.main([str(word) for word in words]) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())["models"][0]["attacks"][0]
     expected = next(entry for entry in results["models"][0]["attacks"] if entry["name"] == attack)
-    assert found == expected
+    assert {key: found[key] for key in expected} == expected
     assert "40 scored, 0 errored, 0 skipped" in capsys.readouterr().out
 
 
-# The other miniatures, on the same organism
+def test_started_again_it_trains_nothing_and_finds_the_same(quickstart, monkeypatch, capsys):
+    folder, results = quickstart(0)
+    from trl_robust.scripts import training
 
-
-@pytest.fixture(scope="module")
-def with_organism(quickstart, tmp_path_factory):
-    """A folder that holds the quickstart's organism, of seed 0, where the miniatures look for one."""
-    folder = tmp_path_factory.mktemp("with-organism")
-    shutil.copytree(quickstart(0)[0] / "organism", folder / "organism-0")
-    return folder
-
-
-def test_unlearning_under_attack_holds_on_the_first_seed(with_organism):
-    arms = ("gradient ascent", "gradient ascent, LAT")
-    found = miniatures.run("unlearning", with_organism, 0, arms)
-    assert found["base, knows everything"]["forgotten items told"] > 0.9
-    plain, attacked = (found[arm] for arm in arms)
-    assert plain["forgotten items told"] < 0.1 and attacked["forgotten items told"] < 0.1
-    assert attacked["after 16 steps of re-learning"] < plain["after 16 steps of re-learning"] - 0.2
-    assert attacked["utility"] > 0.9
-    # Started again, it reads what is finished.
-    assert miniatures.run("unlearning", with_organism, 0, arms) == found
-
-
-def test_the_trigger_loses_its_effect_on_the_first_seed(with_organism):
-    found = miniatures.run("backdoor", with_organism, 0, ("DPO", "LAT-DPO"))
-    assert found["aligned, with the backdoor"]["trigger"] > 0.5
-    assert found["LAT-DPO"]["trigger"] <= found["DPO"]["trigger"] < 0.5
-    assert found["LAT-DPO"]["utility"] > 0.9
+    monkeypatch.setattr(training, "run", lambda *_, **__: pytest.fail("trained again"))
+    # An arm of each kind, since attacks take long. The files that this writes over have been looked at above.
+    monkeypatch.setattr(script, "ARMS", {name: script.ARMS[name] for name in (TRAINED, PLAIN)})
+    monkeypatch.setattr(script, "LONGER", {PLAIN: LONGER[PLAIN]})
+    expected = [model for model in results["models"] if model["name"] in (BEFORE, PLAIN, LONGER[PLAIN], TRAINED)]
+    again = run(folder, 0)
+    assert again["models"] == expected and len(expected) == 4
+    printed = capsys.readouterr().out
+    for model in expected:  # the table is this run's, not a canned one
+        assert f"{model['attacks'][-1]['success']:.2f}" in printed

@@ -151,11 +151,13 @@ SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(with_organism, tmp_path_factory):
     """One selection and training of some arms on a seed, each run once a session; gives their figures."""
     folder = tmp_path_factory.mktemp("seal")
 
     def of(seed: int, *arms: str):
+        if not (folder / f"organism-{seed}").is_dir():
+            with_organism(folder / f"organism-{seed}", seed)
         found = study.run(folder, seed, arms, runs=1)
         return [{name: tables.value_of(found[arm][0], name) for name in tables.COLUMNS.values()} for arm in arms]
 

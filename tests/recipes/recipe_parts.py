@@ -31,6 +31,14 @@ def make_adapter(folder: Path, workplace: Path) -> Path:
     return folder
 
 
+def layers_for(given: dict) -> int:
+    """As many as the sites of a recipe need in order to exist, and not fewer than four."""
+    named = [site for key in ("attack_sites", "trained_layers", "lap_layers") for site in given.get(key) or []]
+    layers = max([4, *(int(site) + 1 for site in (*named, given.get("rmu_layer")) if str(site).isdigit())])
+    assert layers <= 32  # as many as the models of the papers have
+    return layers
+
+
 def texts(count: int, seed: int) -> list[dict]:
     """Rows of a corpus."""
     return [{"text": row["prompt"] + row["completion"]} for row in completion_data(count, seed)]

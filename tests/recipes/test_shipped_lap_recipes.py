@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 from jinja2 import Environment
-from recipe_parts import make_adapter, make_workplace, write_recipe, write_rows
+from recipe_parts import layers_for, make_adapter, make_workplace, write_recipe, write_rows
 from tiny import SPECIAL, WORDS
 from transformers import AutoTokenizer
 from trl.scripts import dpo as stock_dpo
@@ -21,7 +21,6 @@ NAMES = [
     "your_data_cpu",
 ]  # fmt: skip
 TEMPLATE = FOLDER / "simple_chat.jinja"
-LAYERS = 32  # as many as the papers' models have, so that the sites exist
 
 
 def ultrafeedback(count: int = 12) -> list[dict]:
@@ -41,19 +40,29 @@ def ultrafeedback(count: int = 12) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def base_workplace(tmp_path_factory):
-    """A model without a chat template, as base models are, and an adapter of a first stage, which has one."""
-    place = make_workplace(
-        tmp_path_factory.mktemp("lap"), num_hidden_layers=LAYERS, hidden_size=32, intermediate_size=64
-    )
-    make_adapter(place / "adapter", place)
-    for name, template in (("model", None), ("adapter", TEMPLATE.read_text(encoding="utf-8"))):
-        tokenizer = AutoTokenizer.from_pretrained(place / name)
-        tokenizer.chat_template = template
-        (place / name / "chat_template.jinja").unlink(missing_ok=True)
-        tokenizer.save_pretrained(place / name)
-    write_rows(place / "ultrafeedback.jsonl", ultrafeedback())
-    return place
+def workplace_of(tmp_path_factory):
+    """
+    A workplace for a recipe, with a model as deep as it needs, without a chat template, as base models are, and an
+    adapter of a first stage, which has one.
+    """
+    made = {}
+
+    def of(recipe: str):
+        layers = layers_for(keys(recipe))
+        if layers not in made:
+            made[layers] = place = make_workplace(
+                tmp_path_factory.mktemp("lap"), num_hidden_layers=layers, hidden_size=32, intermediate_size=64
+            )
+            make_adapter(place / "adapter", place)
+            for name, template in (("model", None), ("adapter", TEMPLATE.read_text(encoding="utf-8"))):
+                tokenizer = AutoTokenizer.from_pretrained(place / name)
+                tokenizer.chat_template = template
+                (place / name / "chat_template.jinja").unlink(missing_ok=True)
+                tokenizer.save_pretrained(place / name)
+            write_rows(place / "ultrafeedback.jsonl", ultrafeedback())
+        return made[layers]
+
+    return of
 
 
 def keys(name: str) -> dict:
@@ -65,8 +74,9 @@ def read(name: str):
     return load_recipe(verb_of(path), ["--config", str(path)], check=False, this_machine=False)
 
 
-def smaller(name: str, place, output) -> dict:
+def smaller(name: str, workplace_of, output) -> dict:
     """A shipped recipe at tiny size: its own keys, but for the model, the rows and the length."""
+    place = workplace_of(name)
     values = keys(name) | {
         "model_name_or_path": str(place / ("adapter" if "dpo" in name else "model")),
         "output_dir": str(output),
@@ -121,8 +131,8 @@ def test_a_recipe_is_read_strictly_and_has_a_header(path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_runs_two_steps(name, base_workplace, tmp_path, capsys):
-    values = smaller(name, base_workplace, tmp_path / "run")
+def test_a_recipe_runs_two_steps(name, workplace_of, tmp_path, capsys):
+    values = smaller(name, workplace_of, tmp_path / "run")
     record = run(values, tmp_path, capsys)
     assert record["phases"]["train"]["updates"] == 2
     plain = 2 if values.get("lap_branch") == "sft_only" else 0
@@ -134,12 +144,12 @@ def test_a_recipe_runs_two_steps(name, base_workplace, tmp_path, capsys):
         assert f"chat_template_path: {TEMPLATE}" in (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8")
 
 
-def test_the_chosen_completions_are_taken_out_of_rows_of_ultrafeedbacks_own_form(base_workplace, tmp_path):
-    values = smaller("llama3_8b", base_workplace, tmp_path / "run")
+def test_the_chosen_completions_are_taken_out_of_rows_of_ultrafeedbacks_own_form(workplace_of, tmp_path):
+    values = smaller("llama3_8b", workplace_of, tmp_path / "run")
     file = write_recipe(tmp_path / "recipe.yaml", values)
     rows = load_share(load_recipe("lap-sft", ["--config", file], check=False, this_machine=False), "train")
     assert rows.column_names == ["chosen", "rejected"] and len(rows) == 12
-    trainer = trained("llama3_8b", base_workplace, tmp_path)
+    trainer = trained("llama3_8b", workplace_of, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     vocabulary = set(SPECIAL + WORDS)
     for row, given in zip(trainer.train_dataset, ultrafeedback(), strict=True):
@@ -153,11 +163,11 @@ def test_the_chosen_completions_are_taken_out_of_rows_of_ultrafeedbacks_own_form
         assert prompt[start:end] == given["prompt"].split()
 
 
-def trained(name: str, place, folder):
+def trained(name: str, workplace_of, folder):
     """The trainer of a recipe after two steps."""
     from trl_robust.scripts import training
 
-    file = write_recipe(folder / "again.yaml", smaller(name, place, folder / "run"))
+    file = write_recipe(folder / "again.yaml", smaller(name, workplace_of, folder / "run"))
     return training.run(load_recipe(verb_of(FOLDER / f"{name}.yaml"), ["--config", file]), quiet=True)
 
 
@@ -219,7 +229,7 @@ def test_the_controls_that_are_documented_are_read():
         load_recipe("lap-sft", ["--config", str(FOLDER / "llama3_8b.yaml"), *words], check=False, this_machine=False)
 
 
-def test_after_the_merge_that_the_header_shows_trls_own_dpo_goes_on(base_workplace, tmp_path, capsys, monkeypatch):
+def test_after_the_merge_that_the_header_shows_trls_own_dpo_goes_on(workplace_of, tmp_path, capsys, monkeypatch):
     """The paper's pipeline: LAP, then ordinary DPO. The lines are those of the header."""
     header = (FOLDER / "dpo_after_lap.yaml").read_text(encoding="utf-8").partition("\nverb:")[0]
     shown = [line.removeprefix("#").removeprefix(" " * 16) for line in header.splitlines()]
@@ -228,13 +238,13 @@ def test_after_the_merge_that_the_header_shows_trls_own_dpo_goes_on(base_workpla
     code, instead = "\n".join(lines[start:end]), yaml.safe_load("\n".join(lines[end:]))
     assert code.count("\n") == 6 and 'folder = "runs/llama3-8b-lap"' in code and len(instead) == 6
     monkeypatch.chdir(tmp_path)
-    run(smaller("llama3_8b", base_workplace, tmp_path / "run"), tmp_path, capsys)
+    run(smaller("llama3_8b", workplace_of, tmp_path / "run"), tmp_path, capsys)
     (tmp_path / "runs").mkdir()
     (tmp_path / "run").rename(tmp_path / "runs" / "llama3-8b-lap")
     exec(code, {})
     merged = tmp_path / "runs" / "llama3-8b-lap-merged"
     assert AutoTokenizer.from_pretrained(merged).chat_template == TEMPLATE.read_text(encoding="utf-8")
-    values = smaller("dpo_after_lap", base_workplace, tmp_path / "dpo") | instead
+    values = smaller("dpo_after_lap", workplace_of, tmp_path / "dpo") | instead
     (entry,) = values["datasets"]
     values["datasets"] = [entry | {"path": "json", "data_files": entry["path"]}]  # as TRL names a file
     values = {key: value for key, value in values.items() if key not in ("verb", "drop_long") and "lap_" not in key}

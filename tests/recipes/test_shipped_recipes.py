@@ -5,17 +5,15 @@ from collections import Counter
 
 import pytest
 import yaml
-from recipe_parts import make_adapter, make_workplace
+from recipe_parts import layers_for, make_adapter, make_workplace
 
 from trl_robust.cli import main
 from trl_robust.recipes import load_recipe, recipes_folder, verb_of
 
-# Grids are not for a training verb; those who test `sweep` look after them. For LAP see test_shipped_lap_recipes.py.
+# Those of grids and of evaluations are for no training verb. For LAP see test_shipped_lap_recipes.py.
 RECIPES = sorted(
-    path for path in recipes_folder().rglob("*.yaml") if path.parent.name not in ("ablations", "lap", "seal")
+    path for path in recipes_folder().rglob("*.yaml") if path.parent.name not in ("ablations", "eval", "lap", "seal")
 )
-LAYERS = 32  # as many as the models of the papers have, so that their sites exist
-
 PAIRS = {"dataset_name": "preferences.jsonl", "benign_dataset_name": "benign.jsonl"}
 CORPORA = {
     "dataset_name": "forget.jsonl",
@@ -26,12 +24,19 @@ GENERIC_LABELS = {"dataset_name": "generic_labels.jsonl", "benign_dataset_name":
 
 
 @pytest.fixture(scope="module")
-def deep_workplace(tmp_path_factory):
-    workplace = make_workplace(
-        tmp_path_factory.mktemp("deep"), num_hidden_layers=LAYERS, hidden_size=32, intermediate_size=64
-    )
-    make_adapter(workplace / "adapter", workplace)
-    return workplace
+def workplace_of(tmp_path_factory):
+    """A workplace for a recipe, whose model and adapter are as deep as it needs."""
+    made = {}
+
+    def of(given: dict):
+        layers = layers_for(given)
+        if layers not in made:
+            folder = tmp_path_factory.mktemp(f"layers-{layers}")
+            made[layers] = make_workplace(folder, num_hidden_layers=layers, hidden_size=32, intermediate_size=64)
+            make_adapter(folder / "adapter", folder)
+        return made[layers]
+
+    return of
 
 
 def read(name, verb="lat-sft"):
@@ -63,12 +68,13 @@ def test_a_recipe_is_read_strictly_and_has_a_header(path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_runs_two_steps(path, deep_workplace, tmp_path, capsys):
+def test_a_recipe_runs_two_steps(path, workplace_of, tmp_path, capsys):
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    workplace = workplace_of(given)
     files = GENERIC_LABELS if path.stem == "whp_lat" else CORPORA if "retain_dataset_name" in given else PAIRS
     smaller = {
-        "model_name_or_path": deep_workplace / ("adapter" if path.stem == "dpo_after_lat" else "model"),
-        **{key: deep_workplace / file for key, file in files.items() if key in given},
+        "model_name_or_path": workplace / ("adapter" if path.stem == "dpo_after_lat" else "model"),
+        **{key: workplace / file for key, file in files.items() if key in given},
         **{key: "train" for key in given if key in ("retain_dataset_split", "benign_dataset_split")},  # a file has one
         "output_dir": tmp_path / "run",
         "max_steps": 2,

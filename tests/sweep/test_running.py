@@ -6,10 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
-from grid_parts import grid_values, write_grid
+from grid_parts import grid_values, one_after_another, write_grid
 
 from trl_robust.cli import main
 from trl_robust.recipes import RecipeError
@@ -27,15 +28,38 @@ CELLS = {
 SECONDS = 240  # of patience with a slow machine, not a measure
 
 
-def start(path) -> subprocess.Popen:
+def killed(path, condition) -> int:
+    """Starts a sweep and kills it as soon as something is so; its exit code."""
     command = [sys.executable, "-m", "trl_robust", "sweep", "--config", str(path), "--jobs", "1"]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        # Tests in the background of a shell ignore the interrupt, and what they start would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(condition)
+    process.kill()
+    return process.wait(SECONDS)
+
+
+def interrupted(path, condition) -> int | None:
+    """A sweep of this process, for which Ctrl-C is pressed as soon as something is so; `None` if that was too late."""
+    ended = threading.Event()
+
+    def press() -> None:
+        wait_for(lambda: condition() or ended.is_set())
+        if not ended.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    finger = threading.Thread(target=press)
+    # Tests in the background of a shell ignore the interrupt.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        finger.start()
+        code = main(["sweep", "--config", str(path), "--jobs", "1"])
+        ended.set()
+        finger.join()
+        time.sleep(0.1)  # a late interrupt comes here
+        return code if code == 130 else None
+    except KeyboardInterrupt:
+        return None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for(condition) -> None:
@@ -57,16 +81,15 @@ def sweep(place, tmp_path_factory):
         folder = tmp_path_factory.mktemp("sweep")
         path = write_grid(folder / "grid.yaml", grid_values(place, output_dir=str(folder / "out"), cells=CELLS))
         stages, codes = [], []
-        for number, kill in enumerate((signal.SIGKILL, signal.SIGINT), start=1):
-            process = start(path)
-            wait_for(lambda number=number, folder=folder: len(finished(folder)) >= number)
-            os.kill(process.pid, kill)
-            codes.append(process.wait(SECONDS))
+        for number, stop in enumerate((killed, interrupted), start=1):
+            codes.append(stop(path, lambda number=number, folder=folder: len(finished(folder)) >= number))
             stages.append(finished(folder))
-        if codes == [-9, 1] and len(stages[1]) == 3:
+        if codes == [-9, None] and len(stages[1]) == 3:
             continue  # the last run had ended before the signal came: once more
         assert codes == [-9, 130]
-        return path, folder / "out", stages, main(["sweep", "--config", str(path), "--jobs", "1"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(running, "run_all", one_after_another)
+            return path, folder / "out", stages, main(["sweep", "--config", str(path), "--jobs", "1"])
     raise AssertionError("three sweeps ended before they could be interrupted")
 
 

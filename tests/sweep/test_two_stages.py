@@ -316,7 +316,7 @@ class TestRunning:
         assert not list((run.folder / "first").rglob("*.safetensors"))
 
 
-def test_the_table_shows_what_was_chosen_beside_what_became_of_the_model(values, tmp_path):
+def test_the_table_shows_what_was_chosen_beside_what_became_of_the_model(values, tmp_path, in_this_process):
     cells = {"half": {}, "all": {"selection_method": "none"}}
     path = write_grid(tmp_path / "grid.yaml", values(cells=cells, seeds=[0, 1]))
     assert main(["sweep", "--config", str(path), "--jobs", "1"]) == 0

@@ -130,7 +130,9 @@ def test_questions_without_an_answer_are_refused_with_the_way_out(tmp_path):
     assert len(WordingsKeys(str(cases(tmp_path)), max_rows=2).load()) == 2
 
 
-def test_a_sweep_of_lap_measures_wordings_and_keeps_what_tells_of_the_search(lap_place, place, tmp_path):
+def test_a_sweep_of_lap_measures_wordings_and_keeps_what_tells_of_the_search(
+    lap_place, place, tmp_path, in_this_process
+):
     values = lap_grid(lap_place, place, output_dir=str(tmp_path / "out"))
     grid = load_grid(write_grid(tmp_path / "grid.yaml", values))
     table = run_sweep(grid, jobs=1)
