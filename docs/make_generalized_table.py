@@ -127,7 +127,7 @@ def table(seeds: dict[int, dict[str, Any]]) -> str:
         f"Seed{'s' if many else ''} {', '.join(map(str, seeds))}; 40 requests an attack and seed"
         + ("; mean over seeds (lowest-highest)." if many else ".")
         + " Success is the best so far at the largest budget that leaves the model intact; - where every budget "
-        "destroyed it.",
+        "destroyed it, and the number of seeds where some did not.",
         "",
         head,
         *(row_of(name, lambda number, name=name: success(name, number)) for name in attacks),
@@ -162,7 +162,8 @@ def shown(values: list[float | None]) -> str:
     if not known:
         return "-"
     ends = f" ({min(known):.2f}-{max(known):.2f})" if len(known) > 1 else ""
-    return f"{mean(known):.2f}{ends}"
+    some = f", {len(known)} of {len(values)}" if len(known) < len(values) else ""
+    return f"{mean(known):.2f}{ends}{some}"
 
 
 def resisted(results: list[dict[str, Any]], number: int, attack: str) -> str:
