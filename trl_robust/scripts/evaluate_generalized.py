@@ -231,15 +231,17 @@ def finish(
     if args.unlearning_of is not None:
         add_unlearning_scores(args, entries)
     rows = [row for number, run in enumerate(runs) for row in generation_rows(run, lines[number], judges)]
-    names = ("judge", "judge_version", "judge_settings")
-    shown = [{name.removeprefix("judge_"): judge_entry(judge)[name] for name in names} for judge in judges]
+    shown = [
+        {"name": one["judge"], "version": one["judge_version"], "settings": one["judge_settings"]}
+        for one in map(judge_entry, judges)
+    ]
     results = write_results(
         args.folder,
         entries,
         rows,
         seed=args.seed,
         suite={"name": args.suite, "version": VERSION, "settings": suite_settings(args), "left_out": left_out},
-        judges=[{"name": one.pop("judge"), **one} for one in shown],
+        judges=shown,
         proxy=proxies(entries, max(args.thresholds), seed=args.seed),
     )
     page = write_report(args.folder, show_generations=args.show_generations)
@@ -254,6 +256,8 @@ def finish(
         )
     for reason in sorted({row["reason"] for row in rows if row["reason"]})[:5]:
         console.print(f"  {reason}", markup=False)
+    if shown[0]["name"] == "refusal_prefix":
+        console.print("This judge only looks at the first words: gibberish counts as success, a late refusal as well.")
     console.print(f"Report: {page}", markup=False)
 
 
