@@ -382,11 +382,17 @@ def test_a_wrong_setting_is_one_message(words, said, models, data, tmp_path, cap
 def test_all_faults_of_the_attacks_come_at_once(models, data, tmp_path, capsys):
     config = tmp_path / "bad.yaml"
     attacks = {"latnt": {}, "latent": {"radius": "much"}, "finetune": {"steps": [1], "load": -1}, "gcg": 3}
-    config.write_text(yaml.safe_dump({"suite": "generalized", "attacks": attacks}))
+    config.write_text(yaml.safe_dump({"suite": "generalized", "attacks": attacks, "capabilty_rows": 3}))
     words = ["--model", models[0], "--data", data[1]["data"], "--examples_data", data[1]["examples_data"]]
     assert evaluate(config, *words, "--output_dir", tmp_path / "out") == 1
     error = capsys.readouterr().err
-    for said in ("`latnt` is no attack", "`radius` of the attack `latent`", "`load` is -1", "`gcg` is 3"):
+    for said in (
+        "did you mean `capability_rows`",
+        "`latnt` is no attack",
+        "`radius` of the attack `latent`",
+        "`load` is -1",
+        "`gcg` is 3",
+    ):
         assert said in error
 
 

@@ -241,7 +241,7 @@ def test_after_the_merge_that_the_header_shows_trls_own_dpo_goes_on(workplace_of
     run(smaller("llama3_8b", workplace_of, tmp_path / "run"), tmp_path, capsys)
     (tmp_path / "runs").mkdir()
     (tmp_path / "run").rename(tmp_path / "runs" / "llama3-8b-lap")
-    exec(code, {})
+    exec(code, {})  # the code of our own recipe's header, as a user would run it
     merged = tmp_path / "runs" / "llama3-8b-lap-merged"
     assert AutoTokenizer.from_pretrained(merged).chat_template == TEMPLATE.read_text(encoding="utf-8")
     values = smaller("dpo_after_lap", workplace_of, tmp_path / "dpo") | instead

@@ -274,7 +274,7 @@ def test_redorca_and_blueorca_are_made_as_the_header_shows(tmp_path, monkeypatch
     for published, small in (("22_400", "6"), ("89_600", "24"), ("201_600", "54"), ("210_000", "100")):
         assert published in code
         code = code.replace(published, small)
-    exec(code, {})
+    exec(code, {})  # the code of our own recipe's header, as a user would run it
     red, blue = lines_of(tmp_path / "redorca.jsonl"), lines_of(tmp_path / "blueorca.jsonl")
     assert len(red) == 30 and len(blue) == 30
     assert {frozenset(row) for row in red} == {frozenset(("prompt", "completion", "source", "unsafe"))}
@@ -296,7 +296,7 @@ def test_the_rows_of_the_benign_experiment_are_made_as_the_header_shows(tmp_path
     monkeypatch.chdir(tmp_path)
     code = code_of("benign_openorca")
     assert "49_900" in code
-    exec(code.replace("49_900", "29"), {})
+    exec(code.replace("49_900", "29"), {})  # likewise
     rows, safe = lines_of(tmp_path / "openorca.jsonl"), lines_of(tmp_path / "alpaca.jsonl")
     assert len(rows) == len(safe) == 29 and {frozenset(row) for row in rows + safe} == {
         frozenset(("prompt", "completion"))

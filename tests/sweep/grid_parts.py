@@ -47,5 +47,5 @@ def write_grid(path: Path, values: dict) -> Path:
 def one_after_another(works, *, told, ended, **_):
     """In place of `run_all`: no process of its own, whose imports take longer than a tiny training."""
     for work in works:
-        sent = pickle.loads(pickle.dumps(work))
+        sent = pickle.loads(pickle.dumps(work))  # as a worker process would get it; never read from a file
         ended(work, serving._attempt(sent, lambda stage: None))

@@ -182,8 +182,12 @@ class GeneralizedArguments(JudgeArguments):
             problems.append("`data` is missing; name a dataset of requests.")
         if not isinstance(self.attacks, dict) or not self.attacks:
             problems.append("`attacks` is missing; write them into the file given to `--config`, see recipes/eval.")
-        elif unknown := [name for name in self.only or [] if name not in self.attacks]:
-            problems.append(f"`only` names {unknown}, and the attacks are {list(self.attacks)}.")
+        else:
+            from .generalized_data import checked_lines  # needs torch, which `--help` does not
+
+            if unknown := [name for name in self.only or [] if name not in self.attacks]:
+                problems.append(f"`only` names {unknown}, and the attacks are {list(self.attacks)}.")
+            problems += checked_lines(self)[1]
         if (self.map_sites is None) != (self.map_radii is None):
             problems.append("`map_sites` and `map_radii` make the heat map together; give both or none.")
         at_least = dict.fromkeys(

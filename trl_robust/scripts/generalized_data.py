@@ -82,17 +82,13 @@ def texts_of(data: str | None) -> list[str]:
     return [text for text in rows["text"] if isinstance(text, str) and text.strip()]
 
 
-def lines_of(
-    args: GeneralizedArguments, rows_of: Callable[[str, str, str | None, int | None], Any] | None = None
-) -> tuple[list[Line], dict[str, str]]:
+def lines_of(args: GeneralizedArguments) -> tuple[list[Line], dict[str, str]]:
     """
-    The attacks that the arguments describe.
+    The attacks that the arguments describe, with their rows.
 
     Args:
         args ([`GeneralizedArguments`]):
             Arguments.
-        rows_of (`Callable`, *optional*):
-            Gives rows in place of the arguments' datasets; see [`~trl_robust.evaluation.lines.read_lines`].
 
     Returns:
         `tuple`: [`~trl_robust.evaluation.lines.Line`]s, each followed by its random control; and the attacks that are
@@ -101,9 +97,50 @@ def lines_of(
     Raises:
         [`~trl_robust.recipes.RecipeError`]: listing every fault of the attacks.
     """
+    from ..recipes import RecipeError
+
+    @cache
+    def rows_of(kind: str, field: str, named: str | None, limit: int | None) -> Any:
+        return _rows_of(args, kind, field, named, limit)
+
+    lines, missing, faults = _read(args, rows_of)
+    if not lines and not faults:
+        faults = ["There are no rows for any of the attacks; name some, see `examples_data` and the like."]
+    if faults:
+        raise RecipeError(faults)
+    left_out = {}
+    for name, fields in missing.items():
+        kind = str((dict(args.attacks or {})[name] or {}).get("attack", name))  # type: ignore[arg-type]
+        left_out[name] = f"needs {' and '.join(f'`{argument_for(kind, field)}`' for field in fields)}"
+    return lines, left_out
+
+
+def checked_lines(args: GeneralizedArguments) -> tuple[list[Line], list[str]]:
+    """
+    The attacks that the arguments describe, with stand-ins for rows, before any dataset is read.
+
+    Args:
+        args ([`GeneralizedArguments`]):
+            Arguments.
+
+    Returns:
+        `tuple`: the lines, and a sentence for every fault.
+    """
+    row = {"prompt": "a request", "completion": "an answer", "target": "an opening"}
+
+    def rows_of(kind: str, field: str, named: str | None, limit: int | None) -> Any:
+        return {"templates": None, "attacker": object()}.get(field, [row] * STAND_INS)
+
+    lines, _, faults = _read(args, rows_of)
+    return lines, faults
+
+
+def _read(
+    args: GeneralizedArguments, rows_of: Callable[[str, str, str | None, int | None], Any]
+) -> tuple[list[Line], dict[str, list[str]], list[str]]:
+    """What [`~trl_robust.evaluation.lines.read_lines`] gives, with values brought into the types of the settings."""
     from ..evaluation.lines import KEYS, read_lines
     from ..evaluation.named import ATTACKS, settings_of
-    from ..recipes import RecipeError
     from ..recipes.values import UnfitError, fit
 
     faults: list[str] = []
@@ -127,21 +164,8 @@ def lines_of(
                     faults.append(f"`{key}` of the attack `{name}` is {entry[key]!r}; {error}.")
                     del entry[key]
         entries[name] = entry
-
-    @cache
-    def own_rows(kind: str, field: str, named: str | None, limit: int | None) -> Any:
-        return _rows_of(args, kind, field, named, limit)
-
-    lines, missing, found = read_lines(entries, rows_of or own_rows, controls=args.controls, seed=args.seed)
-    if faults + found:
-        raise RecipeError(faults + found)
-    if not lines:
-        raise RecipeError(["There are no rows for any of the attacks; name some, see `examples_data` and the like."])
-    left_out = {}
-    for name, fields in missing.items():
-        kind = str((entries[name] or {}).get("attack", name))
-        left_out[name] = f"needs {' and '.join(f'`{argument_for(kind, field)}`' for field in fields)}"
-    return lines, left_out
+    lines, missing, found = read_lines(entries, rows_of, controls=args.controls, seed=args.seed)
+    return lines, missing, faults + found
 
 
 def argument_for(kind: str, field: str) -> str:
@@ -240,12 +264,7 @@ def check_file(path: str) -> list[Line]:
         if name not in given:
             argv += [f"--{name}", stand_in]
     args: GeneralizedArguments = load_arguments(GeneralizedArguments, argv, prog="trl-robust evaluate")
-    row = {"prompt": "a request", "completion": "an answer", "target": "an opening"}
-
-    def rows_of(kind: str, field: str, named: str | None, limit: int | None) -> Any:
-        return {"templates": None, "attacker": object()}.get(field, [row] * STAND_INS)
-
-    return lines_of(args, rows_of)[0]
+    return checked_lines(args)[0]
 
 
 def dataset_of(args: GeneralizedArguments, named: str) -> str | None:
