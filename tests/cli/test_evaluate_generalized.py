@@ -277,6 +277,24 @@ def test_perplexity_stands_in_for_questions(models, data, tmp_path):
     assert heavy["capability"] != plain["capability"]
 
 
+def test_benchmarks_are_asked_of_lm_eval_once(models, data, tmp_path, monkeypatch):
+    calls = []
+
+    def accuracies(subject, tasks, *, limit):
+        calls.append((list(tasks), limit))
+        return {task: {"name": f"acc on {task}", "value": 0.5, "n": 4} for task in tasks}
+
+    monkeypatch.setattr("trl_robust.evaluation.generalized.accuracies", accuracies)
+    monkeypatch.setattr("trl_robust.evaluation.lm_eval.check_installed", lambda: None)
+    words = ["--model", models[0], "--only", "direct", "--benchmarks", "mmlu", "--benchmark_limit", 4]
+    assert evaluate(data[0], *words, "--output_dir", tmp_path / "out") == 0
+    assert read(tmp_path / "out")[0]["models"][0]["benchmarks"]["mmlu"]["value"] == 0.5
+    (tmp_path / "out" / "results.json").unlink()
+    assert evaluate(data[0], *words, "--output_dir", tmp_path / "out") == 0
+    assert calls == [(["mmlu"], 4)]
+    assert "acc on mmlu" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_models_as_they_ship(models, data, tmp_path):
     adapter = tmp_path / "adapter"
     tuned = get_peft_model(
